@@ -1,0 +1,64 @@
+"""The mathematics: paths, grids, predictions, samplers, guidance, the one loop, and the scheduler facade."""
+
+from .drive import Driver, Run, drive
+from .grid import SPACINGS, get_spacing, make_grid
+from .guidance import CFG, Guidance, Plain, Query
+from .named import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+)
+from .path import FlowPath, Path, Point, Points, VEPath, VPPath, add_noise, betas
+from .prediction import PREDICTIONS, Prediction, edm, get_prediction
+from .samplers import SAMPLERS, Entry, ancestral, evaluations, get_sampler, move, sampler
+from .scheduler import Plan, Scheduler, StepOutput
+
+__all__ = [
+    "CFG",
+    "PREDICTIONS",
+    "SAMPLERS",
+    "SPACINGS",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "Driver",
+    "Entry",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowPath",
+    "Guidance",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "Path",
+    "Plain",
+    "Plan",
+    "Point",
+    "Points",
+    "Prediction",
+    "Query",
+    "Run",
+    "Scheduler",
+    "StepOutput",
+    "VEPath",
+    "VPPath",
+    "add_noise",
+    "ancestral",
+    "betas",
+    "drive",
+    "edm",
+    "evaluations",
+    "get_prediction",
+    "get_sampler",
+    "get_spacing",
+    "make_grid",
+    "move",
+    "sampler",
+]

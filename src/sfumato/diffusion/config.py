@@ -1,0 +1,115 @@
+"""Options as dataclass fields: reading, writing and converting `scheduler_config.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from .registry import find
+
+CONFIG_NAME = "scheduler_config.json"
+C = TypeVar("C", bound="Configured")
+
+
+class Config(dict[str, object]):
+    """A scheduler's options, readable as items and as attributes."""
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"this scheduler has no option {name!r}; it has {', '.join(self)}") from None
+
+
+class Configured:
+    """A class whose subclasses are dataclasses of options, known by name in configuration files."""
+
+    known: ClassVar[dict[str, type[Configured]]] = {}
+    given: frozenset[str]
+    extras: dict[str, object]
+
+    def __init_subclass__(cls) -> None:
+        """Make every subclass available to configurations that name it."""
+        Configured.known[cls.__name__] = cls
+
+    def __new__(cls: type[C], *args: object, **options: object) -> C:
+        """Note which options were given: a conversion to another class takes the others from its defaults."""
+        self = object.__new__(cls)
+        self.given = frozenset([*cls.option_names()[: len(args)], *options])
+        self.extras = {}
+        return self
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """This class's options in the order of its constructor; none for a class that is no dataclass."""
+        return [f.name for f in fields(cls)] if is_dataclass(cls) else []
+
+    @property
+    def config(self) -> Config:
+        """All options with their values, those kept for other classes included."""
+        options = {name: getattr(self, name) for name in self.option_names()}
+        defaults = sorted(name for name in options if name not in self.given)
+        about = {"_class_name": type(self).__name__, "_use_default_values": defaults}
+        return Config({**self.extras, **options, **about})
+
+    @classmethod
+    def from_config(cls: type[C], config: Mapping[str, object], **options: object) -> C:
+        """A scheduler from a configuration, with some options replaced.
+
+        Called on a class of its own name or another one: options that only the configuration's class has are
+        kept for conversions back, and options that it left at its defaults take this class's defaults. Called
+        on `Scheduler`, the configuration's `_class_name` decides. ValueError for an unknown class, an option
+        that no class has, or a value that is not supported.
+        """
+        name = str(config.get("_class_name", cls.__name__))
+        target = cls if cls.option_names() else find(cls.makers(), name, "scheduler class")
+        defaults = config.get("_use_default_values", ())
+        assert isinstance(defaults, list | tuple)
+        wanted = {k: v for k, v in config.items() if not k.startswith("_") and k not in defaults} | options
+        names = target.option_names()
+        extras = {k: v for k, v in wanted.items() if k not in names}
+        if name == target.__name__:
+            everybody = {n for c in cls.makers().values() for n in c.option_names()}
+            strange = [k for k, v in extras.items() if k not in everybody and v not in (None, False)]
+            if strange:
+                raise ValueError(f"{target.__name__} has no option {strange[0]!r}; it has {', '.join(names)}")
+        scheduler = target(**{k: v for k, v in wanted.items() if k in names})
+        scheduler.extras = extras
+        if not isinstance(scheduler, cls):
+            raise ValueError(f"{name} is no {cls.__name__}")
+        return scheduler
+
+    @classmethod
+    def makers(cls) -> dict[str, type[Configured]]:
+        """The classes that a configuration can name."""
+        return {name: c for name, c in cls.known.items() if c.option_names() and not c.__subclasses__()}
+
+    @classmethod
+    def from_pretrained(cls: type[C], folder: str | os.PathLike[str], subfolder: str | None = None) -> C:
+        """The scheduler of a model folder: reads scheduler_config.json there or in its `scheduler` folder.
+
+        FileNotFoundError, naming the places looked at, when there is none.
+        """
+        places = [Path(folder) / (subfolder or ""), Path(folder) / "scheduler"]
+        for place in places:
+            if (place / CONFIG_NAME).is_file():
+                return cls.from_config(json.loads((place / CONFIG_NAME).read_text(encoding="utf-8")))
+        raise FileNotFoundError(f"no {CONFIG_NAME} in {' or '.join(map(str, places))}")
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write scheduler_config.json into a folder, which is made if need be."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        config = {k: v for k, v in self.config.items() if k != "_use_default_values"}
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (Path(folder) / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+    def allow(self, option: str, *allowed: object) -> None:
+        """ValueError unless an option has one of the values that are supported."""
+        value = getattr(self, option)
+        if value not in allowed:
+            values = ", ".join(map(repr, allowed))
+            raise ValueError(f"{type(self).__name__} does not support {option}={value!r}; allowed: {values}")

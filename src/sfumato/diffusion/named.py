@@ -1,0 +1,399 @@
+"""Schedulers under the names, options and defaults that model folders and notebooks know from diffusers.
+
+Each is a dataclass of its options and reads and writes `scheduler_config.json`. An option value that is not
+supported is refused by name. Where diffusers' DDIM and PNDM step by N // steps although their timesteps lie
+further apart (a number of steps that does not divide N, with "trailing" or "linspace"), these step to the
+timestep that comes next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+from torch import Tensor
+
+from .grid import END, exponential_levels, karras_levels, level_range
+from .path import FlowPath, Point
+from .samplers import get_sampler
+from .scheduler import Plan, Scheduler
+from .table import TableScheduler, threshold
+
+
+@dataclass(eq=False)
+class DDIMScheduler(TableScheduler):
+    """DDIM (Song et al. 2021); `step` takes eta."""
+
+    clip_sample: bool = True
+    set_alpha_to_one: bool = True
+    steps_offset: int = 0
+    prediction_type: str = "epsilon"
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    clip_sample_range: float = 1.0
+    sample_max_value: float = 1.0
+    timestep_spacing: str = "leading"
+    rescale_betas_zero_snr: bool = False
+
+    integer_times: ClassVar[bool] = True
+    keeps_eps: ClassVar[bool] = True
+    stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {"ddim": {}}
+
+    def __post_init__(self) -> None:
+        self.allow("prediction_type", "epsilon", "sample", "v_prediction")
+        zero_snr = self.rescale_betas_zero_snr
+        self.lay("ddim", self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr)
+
+    def own_plan(self, steps: int) -> Plan:
+        """Whole timesteps, and at the end the data itself or the first row of the table."""
+        end = END if self.set_alpha_to_one else self.path.point(0)
+        return Plan(self.entry, [*map(self.path.point, self.whole_indices(steps)), end])
+
+    def limit(self, x0: Tensor) -> Tensor:
+        """Dynamic thresholding, or clipping, as configured."""
+        if self.thresholding:
+            return threshold(x0, self.dynamic_thresholding_ratio, self.sample_max_value)
+        return x0.clamp(-self.clip_sample_range, self.clip_sample_range) if self.clip_sample else x0
+
+
+@dataclass(eq=False)
+class DDPMScheduler(TableScheduler):
+    """Ancestral sampling (Ho et al. 2020), and the schedule that training scripts draw timesteps from."""
+
+    variance_type: str = "fixed_small"
+    clip_sample: bool = True
+    prediction_type: str = "epsilon"
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    clip_sample_range: float = 1.0
+    sample_max_value: float = 1.0
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    rescale_betas_zero_snr: bool = False
+
+    integer_times: ClassVar[bool] = True
+    stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {"ddpm": {}}
+
+    def __post_init__(self) -> None:
+        self.allow("variance_type", "fixed_small", "fixed_small_log", "fixed_large")
+        self.allow("prediction_type", "epsilon", "sample", "v_prediction")
+        zero_snr = self.rescale_betas_zero_snr
+        self.lay("ddpm", self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr)
+
+    def own_plan(self, steps: int) -> Plan:
+        """Whole timesteps down to the data itself."""
+        variance = "large" if self.variance_type == "fixed_large" else "small"
+        grid = [*map(self.path.point, self.whole_indices(steps)), END]
+        return Plan(partial(self.entry.run, variance=variance), grid)
+
+    def limit(self, x0: Tensor) -> Tensor:
+        """Dynamic thresholding, or clipping, as configured."""
+        if self.thresholding:
+            return threshold(x0, self.dynamic_thresholding_ratio, self.sample_max_value)
+        return x0.clamp(-self.clip_sample_range, self.clip_sample_range) if self.clip_sample else x0
+
+
+@dataclass(eq=False)
+class PNDMScheduler(TableScheduler):
+    """PNDM (Liu et al. 2022): Runge-Kutta first, or with skip_prk_steps the PLMS of Stable Diffusion 1."""
+
+    skip_prk_steps: bool = False
+    set_alpha_to_one: bool = False
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+
+    integer_times: ClassVar[bool] = True
+    stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {"plms": {"skip_prk_steps": True}}
+
+    def __post_init__(self) -> None:
+        self.allow("prediction_type", "epsilon", "v_prediction")
+        self.lay("plms", self.prediction_type, self.timestep_spacing, self.steps_offset)
+
+    def own_plan(self, steps: int) -> Plan:
+        """Whole timesteps; Runge-Kutta steps also visit half a step above each of the first three ends."""
+        indices = self.whole_indices(steps)
+        grid = [*map(self.path.point, indices), END if self.set_alpha_to_one else self.path.point(0)]
+        run = partial(self.entry.run, mix="v" if self.prediction_type == "v_prediction" else "slope")
+        midway = partial(run, warmup="none")
+        if self.skip_prk_steps:
+            return Plan(run, grid, midway=midway)
+        half = self.num_train_timesteps // steps // 2
+        middle = [self.path.point(i + half) for i in indices[1:4]]
+        return Plan(partial(run, warmup="runge_kutta", middle=middle), grid, midway=midway)
+
+    @property
+    def prk_timesteps(self) -> Tensor:
+        """The part of `timesteps` that Runge-Kutta steps ask for."""
+        steps = self.num_inference_steps or self.num_train_timesteps
+        return self.timesteps[: 0 if self.skip_prk_steps else 4 * min(3, steps - 1)]
+
+    @property
+    def plms_timesteps(self) -> Tensor:
+        """The rest of `timesteps`, for the linear multistep."""
+        return self.timesteps[len(self.prk_timesteps) :]
+
+
+@dataclass(eq=False)
+class StraightScheduler(TableScheduler):
+    """What the schedulers that work on x / alpha share: their samples are the clean picture plus sigma times
+    noise."""
+
+    def scale(self, point: Point) -> float:
+        """alpha."""
+        return point.alpha
+
+    def curve(self) -> str | None:
+        """The spacing of noise levels that replaces the timesteps', if any."""
+        for name in ("karras", "exponential"):
+            if getattr(self, f"use_{name}_sigmas"):
+                return name
+        return None
+
+    def final(self) -> Point:
+        """Where sampling ends."""
+        return END
+
+    def bounds(self, high: float, low: float) -> tuple[float, float]:
+        """The noise levels that a curve runs between, given those of the timesteps."""
+        return high, low
+
+    def own_plan(self, steps: int) -> Plan:
+        """The timesteps' points, or points between the first and the last level of these."""
+        points = [self.path.point(i) for i in self.indices(steps)]
+        high, low = self.bounds(self.path.level(points[0]), self.path.level(points[-1]))
+        if self.curve() == "karras":
+            points = [self.path.at_level(level) for level in karras_levels(high, low, steps)]
+        elif self.curve() == "exponential":
+            points = [self.path.at_level(level) for level in exponential_levels(high, low, steps)]
+        first = self.path.level(points[0])
+        sample = first if self.spacing in ("linspace", "trailing") else math.hypot(first, 1)
+        return Plan(self.entry, [*points, self.final()], init_scale=sample * points[0].alpha)
+
+
+@dataclass(eq=False)
+class EulerDiscreteScheduler(StraightScheduler):
+    """Euler's method (Karras et al. 2022, algorithm 2 without churn)."""
+
+    prediction_type: str = "epsilon"
+    interpolation_type: str = "linear"
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    timestep_spacing: str = "linspace"
+    timestep_type: str = "discrete"
+    steps_offset: int = 0
+    rescale_betas_zero_snr: bool = False
+    final_sigmas_type: str = "zero"
+
+    stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {"euler": {}}
+
+    def __post_init__(self) -> None:
+        self.allow("prediction_type", "epsilon", "sample", "v_prediction")
+        self.allow("interpolation_type", "linear")
+        self.allow("use_beta_sigmas", False, None)
+        self.allow("timestep_type", "discrete")
+        self.allow("final_sigmas_type", "zero", "sigma_min")
+        zero_snr = self.rescale_betas_zero_snr
+        self.lay("euler", self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr, True)
+
+    def final(self) -> Point:
+        """The data itself, or the first row of the table."""
+        return END if self.final_sigmas_type == "zero" else self.path.point(0)
+
+    def bounds(self, high: float, low: float) -> tuple[float, float]:
+        """Those of the timesteps, unless configured."""
+        return self.sigma_max or high, self.sigma_min or low
+
+
+@dataclass(eq=False)
+class EulerAncestralDiscreteScheduler(StraightScheduler):
+    """Euler's method with ancestral noise."""
+
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "linspace"
+    steps_offset: int = 0
+    rescale_betas_zero_snr: bool = False
+
+    stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {"euler_a": {}}
+
+    def __post_init__(self) -> None:
+        self.allow("prediction_type", "epsilon", "v_prediction")
+        zero_snr = self.rescale_betas_zero_snr
+        self.lay("euler_a", self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr, True)
+
+    def curve(self) -> str | None:
+        """None: this scheduler has no such option."""
+        return None
+
+
+@dataclass(eq=False)
+class HeunDiscreteScheduler(StraightScheduler):
+    """Heun's method (Karras et al. 2022, algorithm 1); 2 n - 1 timesteps for n steps."""
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction_type: str = "epsilon"
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    timestep_spacing: str = "linspace"
+    steps_offset: int = 0
+
+    order: ClassVar[int] = 2
+    stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {"heun": {}}
+
+    def __post_init__(self) -> None:
+        self.allow("prediction_type", "epsilon", "sample", "v_prediction")
+        self.allow("use_beta_sigmas", False)
+        self.lay("heun", self.prediction_type, self.timestep_spacing, self.steps_offset, straight=True)
+
+    def limit(self, x0: Tensor) -> Tensor:
+        """Clipping, as configured."""
+        return x0.clamp(-self.clip_sample_range, self.clip_sample_range) if self.clip_sample else x0
+
+
+@dataclass(eq=False)
+class LMSDiscreteScheduler(StraightScheduler):
+    """Linear multistep of fourth order, as in k-diffusion."""
+
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "linspace"
+    steps_offset: int = 0
+
+    stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {"lms": {}}
+
+    def __post_init__(self) -> None:
+        self.allow("prediction_type", "epsilon", "sample", "v_prediction")
+        self.allow("use_beta_sigmas", False)
+        self.lay("lms", self.prediction_type, self.timestep_spacing, self.steps_offset, straight=True)
+
+
+@dataclass(eq=False)
+class DPMSolverMultistepScheduler(TableScheduler):
+    """DPM-Solver++ (Lu et al. 2022) of first and second order, as an ODE or an SDE."""
+
+    solver_order: int = 2
+    prediction_type: str = "epsilon"
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    algorithm_type: str = "dpmsolver++"
+    solver_type: str = "midpoint"
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    use_lu_lambdas: bool = False
+    use_flow_sigmas: bool = False
+    flow_shift: float = 1.0
+    final_sigmas_type: str = "zero"
+    lambda_min_clipped: float | str = -math.inf
+    variance_type: str | None = None
+    timestep_spacing: str = "linspace"
+    steps_offset: int = 0
+    rescale_betas_zero_snr: bool = False
+    use_dynamic_shifting: bool = False
+    time_shift_type: str = "exponential"
+
+    integer_times: ClassVar[bool] = True
+    stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "dpmpp_2m": {"algorithm_type": "dpmsolver++", "solver_order": 2},
+        "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+    }
+
+    def __post_init__(self) -> None:
+        if self.algorithm_type == "deis":  # as DEIS and UniPC configurations are taken over
+            self.algorithm_type = "dpmsolver++"
+        if self.solver_type in ("logrho", "bh1", "bh2"):
+            self.solver_type = "midpoint"
+        self.lambda_min_clipped = float(self.lambda_min_clipped)
+        self.allow("solver_order", 1, 2)
+        self.allow("prediction_type", "epsilon", "sample", "v_prediction")
+        self.allow("algorithm_type", "dpmsolver++", "sde-dpmsolver++")
+        self.allow("solver_type", "midpoint", "heun")
+        self.allow("final_sigmas_type", "zero", "sigma_min")
+        self.allow("lambda_min_clipped", -math.inf)
+        self.allow("variance_type", None)
+        for option in ("use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas", "use_dynamic_shifting"):
+            self.allow(option, False)
+        ode, sde = ("ddim", "euler_a") if self.solver_order == 1 else ("dpmpp_2m", "dpmpp_2m_sde")
+        sampler = ode if self.algorithm_type == "dpmsolver++" else sde
+        zero_snr = self.rescale_betas_zero_snr
+        self.lay(sampler, self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr, True)
+
+    def whole_indices(self, steps: int) -> list[float]:
+        """As of one step more without the last one, where the spacing would end on the first row of the
+        table."""
+        if self.spacing == "trailing" or steps == self.num_train_timesteps:
+            return super().whole_indices(steps)
+        return super().whole_indices(steps + 1)[:-1]
+
+    def own_plan(self, steps: int) -> Plan:
+        """Points of whole timesteps, or of noise levels between the first and last row of the table."""
+        points = [self.path.point(i) for i in self.whole_indices(steps)]
+        levels: list[float] = []
+        if self.use_karras_sigmas:
+            levels = karras_levels(*level_range(self.path), steps)
+        elif self.use_exponential_sigmas:
+            levels = exponential_levels(*level_range(self.path), steps)
+        if levels:
+            points = [self.path.at_level(level) for level in levels]
+        if self.use_karras_sigmas and self.beta_schedule != "squaredcos_cap_v2":
+            points = [replace(p, t=float(round(p.t))) for p in points]
+        grid = [*points, END if self.final_sigmas_type == "zero" else self.path.point(0)]
+        if self.solver_order == 1:
+            return Plan(self.entry, grid)
+        euler = self.euler_at_final or (self.lower_order_final and steps < 15)
+        return Plan(partial(self.entry.run, rule=self.solver_type, euler_at_final=euler), grid)
+
+    def limit(self, x0: Tensor) -> Tensor:
+        """Dynamic thresholding, as configured."""
+        if not self.thresholding:
+            return x0
+        return threshold(x0, self.dynamic_thresholding_ratio, self.sample_max_value)
+
+
+@dataclass(eq=False)
+class FlowMatchEulerDiscreteScheduler(Scheduler):
+    """Euler's method on a rectified-flow path (Stable Diffusion 3), with a fixed shift."""
+
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float | None = 0.5
+    max_shift: float | None = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    invert_sigmas: bool = False
+    shift_terminal: float | None = None
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    time_shift_type: str = "exponential"
+    stochastic_sampling: bool = False
+
+    def __post_init__(self) -> None:
+        for option in ("use_dynamic_shifting", "invert_sigmas", "use_beta_sigmas", "stochastic_sampling"):
+            self.allow(option, False)
+        self.allow("shift_terminal", None)
+        curve = "exponential" if self.use_exponential_sigmas else "linspace"
+        self.entry = get_sampler("euler")
+        self.steps_offset = 0
+        path = FlowPath(self.shift, self.num_train_timesteps)
+        self.prepare(path, "flow_prediction", "karras" if self.use_karras_sigmas else curve)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise` under the name that flow pipelines call."""
+        return self.add_noise(sample, noise, timestep)

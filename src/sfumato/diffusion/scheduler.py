@@ -1,0 +1,309 @@
+"""The samplers' coroutines turned inside out, for people who write their own denoising loop.
+
+`Scheduler` speaks the protocol that everybody knows (set_timesteps, scale_model_input, step, add_noise). The
+names that model folders and notebooks use (DDIMScheduler and so on) are configured facades in `named.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import Configured
+from .grid import make_grid
+from .path import Path, Point, VPPath
+from .prediction import get_prediction
+from .samplers import Entry, Sampler, Steps, ddim, evaluations, get_sampler
+
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to sample with a model: what a facade decides before the first step.
+
+    sampler:    the coroutine function with its options bound.
+    grid:       its points; sampling starts from x = init_scale * (standard noise) at grid[0].
+    init_scale: 1, or less by a hair where the schedule does not end in pure noise.
+    midway:     the sampler for a run that enters the grid after its first point; None takes `sampler`.
+    """
+
+    sampler: Sampler
+    grid: list[Point]
+    init_scale: float = 1.0
+    midway: Sampler | None = None
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What `step` returns: the sample to go on with, and the clean picture seen in the one before."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+    def __getitem__(self, index: int) -> Tensor:
+        """The sample for 0, the clean picture for 1."""
+        return (self.prev_sample, self.pred_original_sample)[index]
+
+
+class Scheduler(Configured):
+    """A sampler on a path, driven from outside.
+
+    path:         VPPath, VEPath or FlowPath.
+    sampler:      a name in SAMPLERS.
+    prediction:   what the network says; a name in PREDICTIONS.
+    spacing:      a name in SPACINGS.
+    steps_offset: added to each index by the "leading" spacing.
+
+    `step` always works on the sample that it is handed, so the caller may edit it between steps. A timestep
+    out of
+    turn begins anew there: one-step samplers do not notice, others forget their history.
+    """
+
+    order: ClassVar[int] = 1
+    integer_times: ClassVar[bool] = False
+    keeps_eps: ClassVar[bool] = False  # DDIM: limiting the clean picture leaves the predicted noise as it was
+
+    def __init__(
+        self,
+        path: Path,
+        sampler: str = "ddim",
+        prediction: str = "epsilon",
+        spacing: str = "trailing",
+        steps_offset: int = 0,
+    ) -> None:
+        self.entry = get_sampler(sampler)
+        self.steps_offset = steps_offset
+        self.prepare(path, prediction, spacing)
+
+    def prepare(self, path: Path, prediction: str, spacing: str) -> None:
+        """Set what every facade has; the rest of the state belongs to `set_timesteps`."""
+        self.path = path
+        self.num_train_timesteps = path.num_train_timesteps
+        self.rule = get_prediction(prediction)
+        self.prediction = self.rule.name
+        self.spacing = spacing
+        self.num_inference_steps: int | None = None
+        self.device: torch.device | str | None = None
+        self.begin_index: int | None = None
+        self._plan: Plan | None = None
+        self._evaluations: list[Point] = []
+        self._steps: Steps | None = None
+        self._point: Point | None = None
+        self._eta = 0.0
+        self._noise_source: tuple[Generators | None, Tensor | None] = (None, None)
+
+    # What a configured facade decides -------------------------------------------------------------
+
+    def own_plan(self, steps: int) -> Plan:
+        """The plan of this facade's own sampler and spacing."""
+        return Plan(self.entry, make_grid(self.path, self.spacing, steps, self.steps_offset))
+
+    def scale(self, point: Point) -> float:
+        """The caller's samples are x / scale; 1 but for the Euler family on a variance-preserving path."""
+        return 1.0
+
+    def limit(self, x0: Tensor) -> Tensor:
+        """The clean picture brought into its permitted range."""
+        return x0
+
+    # What a pipeline asks -------------------------------------------------------------------------
+
+    def plan(
+        self,
+        steps: int,
+        sampler: str | None = None,
+        spacing: str | None = None,
+        options: Mapping[str, object] | None = None,
+    ) -> Plan:
+        """How to sample with `steps` steps of any registered sampler and spacing; None takes this facade's
+        own.
+
+        options: keywords of the sampler's coroutine, such as eta. ValueError for unknown names.
+        """
+        entry = self.entry if sampler is None else get_sampler(sampler)
+        grid = make_grid(self.path, spacing or self.spacing, steps, self.steps_offset)
+        return Plan(bind(entry, options), grid)
+
+    def grid(self, steps: int, spacing: str | None = None, sampler: str | None = None) -> list[Point]:
+        """The grid of `plan`."""
+        return self.plan(steps, sampler, spacing).grid
+
+    # The protocol ---------------------------------------------------------------------------------
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha² of every training step, (N,) float32; AttributeError on a path that has none."""
+        if not isinstance(self.path, VPPath):
+            raise AttributeError(f"{type(self.path).__name__} has no alphas_cumprod; use path.at(t).alpha")
+        return self.path.alphas_cumprod
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Lay the grid for a number of steps and begin anew; `timesteps` goes to `device`."""
+        self.num_inference_steps = num_inference_steps
+        self.device = device
+        self.begin_index = None
+        self._steps = None
+        self._plan = self.own_plan(num_inference_steps)
+        self._evaluations = evaluations(self._plan.sampler, self._plan.grid)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Say at which entry of `timesteps` the loop will start, where a repeated entry leaves that open."""
+        self.begin_index = begin_index
+
+    @property
+    def laid(self) -> Plan:
+        """The plan in use; before `set_timesteps` it visits every training step."""
+        if self._plan is None:
+            self._plan = self.own_plan(self.num_train_timesteps)
+            self._evaluations = evaluations(self._plan.sampler, self._plan.grid)
+        return self._plan
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The network's time at each evaluation: int64, or float32 where times may be fractional."""
+        end = self.laid.grid[-1]
+        dtype = torch.int64 if self.integer_times else torch.float32
+        return torch.tensor([p.t for p in self._evaluations if p is not end], dtype=dtype, device=self.device)
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The noise level at each evaluation and at the end, float32."""
+        points = [*self._evaluations, self.laid.grid[-1]] if self._plan else self.laid.grid
+        return torch.tensor([self.path.level(p) for p in points], dtype=torch.float32)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What standard noise is multiplied by to give the first sample."""
+        return self.laid.init_scale / self.scale(self.laid.grid[0])
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """What the network is to be shown of a sample."""
+        return sample * self.scale(self.find(timestep))
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> StepOutput | tuple[Tensor, Tensor]:
+        """Go from `sample` at `timestep` to the next timestep.
+
+        eta scales DDIM's fresh noise. use_clipped_model_output makes DDIM recompute the noise from the
+        limited clean picture. Fresh noise is `variance_noise`, or drawn from `generator` (one, or one an
+        image). ValueError for a timestep that is not in `timesteps`, and for an eta that the sampler does not
+        have.
+        """
+        awaited = None if self._point is None else self.time(self._point.t)
+        if self._steps is None or self.time(timestep) != awaited or eta != self._eta:
+            self.begin(timestep, sample, eta)
+        steps, point = self._steps, self._point
+        assert steps is not None and point is not None
+        x = (sample if sample.dtype == torch.float64 else sample.float()) * self.scale(point)
+        x0 = self.rule.x0(x, model_output.to(x.dtype), point)
+        limited = self.limit(x0)
+        if self.keeps_eps and not use_clipped_model_output:
+            x = x + point.alpha * (limited - x0)
+        self._noise_source = (generator, variance_noise)
+        try:
+            x, after = steps.send((x, limited))
+            self._point = after
+        except StopIteration as stop:
+            x, after = stop.value, self.laid.grid[-1]
+            self._steps = None
+        prev_sample = (x / self.scale(after)).to(sample.dtype)
+        pred_original_sample = limited.to(sample.dtype)
+        answer = StepOutput(prev_sample, pred_original_sample)
+        return answer if return_dict else (answer[0], answer[1])
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Samples (B, ...) as they are at timesteps (B,) or (1,), in this facade's coordinates."""
+        points = [self.find(t) for t in timesteps.reshape(-1)]
+        alpha = column([p.alpha / self.scale(p) for p in points], original_samples)
+        sigma = column([p.sigma / self.scale(p) for p in points], original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The target of a v-predicting network for clean samples (B, ...) at timesteps (B,)."""
+        points = [self.find(t) for t in timesteps.reshape(-1)]
+        alpha = column([p.alpha for p in points], sample)
+        sigma = column([p.sigma for p in points], sample)
+        return alpha * noise - sigma * sample
+
+    def __len__(self) -> int:
+        return self.num_train_timesteps
+
+    # Inside ---------------------------------------------------------------------------------------
+
+    def time(self, t: float | Tensor) -> float:
+        """A time as `timesteps` holds it."""
+        return float(int(t)) if self.integer_times else float(np.float32(float(t)))
+
+    def find(self, t: float | Tensor) -> Point:
+        """The point with a network time: what `step` waits for, or one of the grid, or one of the path."""
+        wanted = self.time(t)
+        if self._steps is not None and self._point is not None and self.time(self._point.t) == wanted:
+            return self._point
+        _ = self.laid
+        found = [p for p in self._evaluations if self.time(p.t) == wanted]
+        return found[0] if found else self.path.point(float(t))
+
+    def begin(self, timestep: float | Tensor, sample: Tensor, eta: float) -> None:
+        """Start a coroutine at a timestep."""
+        plan = self.laid
+        wanted = self.time(timestep)
+        places = [i for i, p in enumerate(self._evaluations) if self.time(p.t) == wanted]
+        if not places:
+            raise ValueError(f"timestep {float(timestep)} is not in scheduler.timesteps; take one from there")
+        # A repeated time is an earlier step's second evaluation first, and a step of its own after that.
+        place = self.begin_index if self.begin_index in places else places[min(len(places) - 1, 1)]
+        if places[0] == 0 and self.begin_index is None:
+            place = 0
+        point = self._evaluations[place or 0]
+        if point not in plan.grid:
+            raise ValueError(f"sampling cannot start at timestep {float(timestep)}, which lies inside a step")
+        index = plan.grid.index(point)
+        sampler = plan.sampler if index == 0 else plan.midway or plan.sampler
+        self._eta = eta
+        if eta != 0:
+            if self.entry.run is not ddim:
+                raise ValueError(f"eta is an option of DDIM; {self.entry.name} takes none, got {eta}")
+            sampler = partial(self.entry.run, eta=eta)
+        self._steps = sampler(sample, plan.grid[index:], self.fresh_noise)
+        _, self._point = next(self._steps)
+
+    def fresh_noise(self, x: Tensor) -> Tensor:
+        """Standard noise like x from what `step` was given."""
+        generator, given = self._noise_source
+        if given is not None:
+            return given.to(x)
+        if generator is None or isinstance(generator, torch.Generator):
+            return draw(tuple(x.shape), generator, x)
+        return torch.cat([draw((1, *x.shape[1:]), g, x) for g in generator])
+
+
+def column(values: Sequence[float], like: Tensor) -> Tensor:
+    """One value an image, shaped to broadcast over images like `like`."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, *[1] * (like.ndim - 1))
+
+
+def draw(shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
+    """Standard noise drawn on the generator's device."""
+    device = generator.device if generator is not None else like.device
+    return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+
+def bind(entry: Entry, options: Mapping[str, object] | None) -> Sampler:
+    """A sampler with options bound."""
+    return partial(entry.run, **options) if options else entry

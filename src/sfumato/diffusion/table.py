@@ -1,0 +1,115 @@
+"""What the named schedulers of variance-preserving models share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .grid import get_spacing, leading_indices, linspace_indices, trailing_indices
+from .path import SMALLEST_ALPHA_BAR, VPPath, betas
+from .samplers import get_sampler
+from .scheduler import Plan, Scheduler
+
+TIME_SPACINGS = ("leading", "trailing", "linspace")
+
+
+@dataclass(eq=False)
+class TableScheduler(Scheduler):
+    """What schedulers on a variance-preserving path share: the table of betas."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: Sequence[float] | None = None
+
+    stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """Names of the samplers that this class stands for, each with the options that select it."""
+
+    def lay(
+        self,
+        sampler: str,
+        prediction: str,
+        spacing: str,
+        steps_offset: int,
+        zero_snr: bool = False,
+        straight: bool = False,
+    ) -> None:
+        """Make the path and the state.
+
+        straight: sigma / alpha is what the sampler works with, so it is interpolated itself and kept finite.
+        """
+        if spacing not in TIME_SPACINGS:
+            known = ", ".join(TIME_SPACINGS)
+            raise ValueError(f"unknown timestep_spacing {spacing!r}; choose one of {known}")
+        if self.trained_betas is not None:
+            table = torch.as_tensor(self.trained_betas, dtype=torch.float64)
+        else:
+            table = betas(self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end)
+        floor = SMALLEST_ALPHA_BAR if zero_snr and straight else 0.0
+        path = VPPath(table, zero_snr, floor, "linear" if straight else "log")
+        self.entry = get_sampler(sampler)
+        self.steps_offset = steps_offset
+        self.prepare(path, prediction, spacing)
+
+    def plan(
+        self,
+        steps: int,
+        sampler: str | None = None,
+        spacing: str | None = None,
+        options: Mapping[str, object] | None = None,
+    ) -> Plan:
+        """How to sample with `steps` steps of any registered sampler and spacing; None takes this scheduler's
+        own.
+
+        A sampler that a named scheduler stands for gets what that one makes of these options, as if the
+        configuration had been loaded into it. ValueError for unknown names.
+        """
+        name = self.entry.name if sampler is None else get_sampler(sampler).name
+        facade: Scheduler = self
+        for maker in self.makers().values():
+            if name != self.entry.name and issubclass(maker, TableScheduler) and name in maker.stands_for:
+                facade = maker.from_config(self.config, **maker.stands_for[name])
+        names = facade.option_names()
+        if spacing is None:
+            pass
+        elif spacing in TIME_SPACINGS:
+            facade = type(facade).from_config(facade.config, timestep_spacing=spacing)
+        elif f"use_{spacing}_sigmas" in names:
+            facade = type(facade).from_config(facade.config, **{f"use_{spacing}_sigmas": True})
+        plan = facade.own_plan(steps)
+        if spacing is not None and f"use_{spacing}_sigmas" not in names and spacing not in TIME_SPACINGS:
+            points = get_spacing(spacing)(facade.path, steps, facade.steps_offset, 7.0)
+            plan = replace(plan, grid=[*points, plan.grid[-1]])
+        if name != facade.entry.name:
+            plan = Plan(get_sampler(name), plan.grid, plan.init_scale)
+        return replace(plan, sampler=partial(plan.sampler, **options)) if options else plan
+
+    def whole_indices(self, steps: int) -> list[float]:
+        """The rows of the table that the timestep spacing visits, as whole numbers."""
+        return [float(round(i)) for i in self.indices(steps)]
+
+    def indices(self, steps: int) -> list[float]:
+        """The rows of the table that the timestep spacing visits; "linspace" falls between rows."""
+        n = self.num_train_timesteps
+        if not 1 <= steps <= n:
+            raise ValueError(f"the number of steps must be between 1 and {n}, got {steps}")
+        if self.spacing == "leading":
+            return leading_indices(steps, n, self.steps_offset)
+        return trailing_indices(steps, n) if self.spacing == "trailing" else linspace_indices(steps, n - 1)
+
+
+def threshold(x0: Tensor, ratio: float, largest: float) -> Tensor:
+    """Dynamic thresholding (Saharia et al. 2022, section 2.3): clip each image to a quantile, and rescale to
+    +-1.
+
+    ratio: the quantile of the absolute values. largest: the quantile is brought into 1..largest first.
+    """
+    s = x0.flatten(1).abs().quantile(ratio, dim=1)  # (B,)
+    s = s.clamp(min=1, max=largest).view(-1, *[1] * (x0.ndim - 1))
+    return torch.minimum(torch.maximum(x0, -s), s) / s
