@@ -1,0 +1,307 @@
+"""The conditional U-Net of Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Ho et al. 2020, appendix B).
+
+B batch, C channels, H W height and width of the (latent) picture, K tokens and D width of the context,
+E width of the time embedding, x the noisy picture, t the network's time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.cond import Cond
+from sfumato.models.config import check_choice, per_level, read_config, write_config
+from sfumato.models.layers import (
+    Downsample2D,
+    GroupNorm,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Transformer2DModel,
+    Upsample2D,
+    sinusoidal,
+)
+
+# Options of diffusers' UNet2DConditionModel for which Stable Diffusion 1.x and 2.x need one value only.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "addition_embed_type": (None,),
+    "addition_embed_type_num_heads": (64,),
+    "addition_time_embed_dim": (None,),
+    "attention_type": ("default",),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "dropout": (0.0,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None,),
+    "num_attention_heads": (None,),
+    "num_class_embeds": (None,),
+    "projection_class_embeddings_input_dim": (None,),
+    "resnet_out_scale_factor": (1.0,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+}
+DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
+UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+PER_LEVEL = ("layers_per_block", "only_cross_attention", "transformer_layers_per_block", "attention_head_dim")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The entries of `unet/config.json`; defaults are those of diffusers' UNet2DConditionModel.
+
+    Levels go from the finest to the coarsest. `attention_head_dim` is the *number* of heads, one value or one
+    a level: the name is an old slip that all published configs carry. `layers_per_block`,
+    `only_cross_attention` and `transformer_layers_per_block` also take one value or one a level.
+    `sample_size` is the side of the latents the model was trained on; the network takes any.
+    """
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    center_input_sample: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    only_cross_attention: bool | tuple[bool, ...] = False
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    downsample_padding: int = 1
+    mid_block_scale_factor: float = 1.0
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        for name, allowed in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            blocks = getattr(self, name)
+            if len(blocks) != levels:
+                raise ValueError(
+                    f"UNetConfig: {name} = {blocks!r} has {len(blocks)} entries; "
+                    f"give {levels}, as block_out_channels does"
+                )
+            for block in blocks:
+                check_choice(f"UNetConfig: {name} entry", block, allowed)
+        mids = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
+        check_choice("UNetConfig: mid_block_type", self.mid_block_type, mids)
+        check_choice("UNetConfig: act_fn", self.act_fn, ("silu", "swish"))
+        check_choice("UNetConfig: downsample_padding", self.downsample_padding, (0, 1))
+        if not isinstance(self.cross_attention_dim, int):
+            raise ValueError(
+                f"UNetConfig: cross_attention_dim = {self.cross_attention_dim!r} is not supported; "
+                "allowed: one integer"
+            )
+        for name in PER_LEVEL:
+            self.levels(name)
+
+    def levels(self, name: str) -> tuple[Any, ...]:
+        """The option `name` as one value a level, finest first."""
+        return per_level(f"UNetConfig: {name}", getattr(self, name), len(self.block_out_channels))
+
+    @property
+    def has_cross_attention(self) -> bool:
+        """Whether the network reads `cond.context`."""
+        blocks = (*self.down_block_types, self.mid_block_type, *self.up_block_types)
+        return any("CrossAttn" in block for block in blocks)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> UNetConfig:
+        """Read the entries of a `config.json`; ValueError on an option that is not implemented."""
+        return read_config(cls, raw, FIXED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entries of a `config.json` that diffusers opens as well."""
+        return write_config(self, "UNet2DConditionModel")
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each followed by cross-attention where the level has it."""
+
+    def __init__(self, c: UNetConfig, level: int, ins: list[int], attend: bool) -> None:
+        super().__init__()
+        width = c.block_out_channels[level]
+        self.resnets = nn.ModuleList([resnet(c, channels, width) for channels in ins])
+        self.attentions = nn.ModuleList([transformer(c, level) for _ in ins] if attend else [])
+
+    def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
+        """Residual block i and its attention: (B, C_in, H, W) -> (B, C_out, H, W)."""
+        x = self.resnets[i](x, temb)
+        return self.attentions[i](x, context) if len(self.attentions) else x
+
+
+class DownBlock(Level):
+    """DownBlock2D and CrossAttnDownBlock2D: one level on the way down, halving but at the last level."""
+
+    def __init__(self, c: UNetConfig, level: int) -> None:
+        width = c.block_out_channels[level]
+        before = c.block_out_channels[max(level - 1, 0)]
+        layers = c.levels("layers_per_block")[level]
+        attend = "CrossAttn" in c.down_block_types[level]
+        super().__init__(c, level, [before] + [width] * (layers - 1), attend)
+        last = level == len(c.block_out_channels) - 1
+        self.downsamplers = nn.ModuleList([] if last else [Downsample2D(width, c.downsample_padding)])
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Returns the result and, for the way up, the output of every layer."""
+        skips = []
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, temb, context)
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)  # (B, C, H / 2, W / 2)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(Level):
+    """UNetMidBlock2DCrossAttn (residual, attention, residual) or UNetMidBlock2D (one residual block)."""
+
+    def __init__(self, c: UNetConfig) -> None:
+        nn.Module.__init__(self)
+        width = c.block_out_channels[-1]
+        last = len(c.block_out_channels) - 1
+        attend = c.mid_block_type == "UNetMidBlock2DCrossAttn"
+        self.attentions = nn.ModuleList([transformer(c, last, mid=True)] if attend else [])
+        self.resnets = nn.ModuleList(
+            [resnet(c, width, width, c.mid_block_scale_factor) for _ in range(2 if attend else 1)]
+        )
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
+        x = self.resnets[0](x, temb)
+        for attention, block in zip(self.attentions, self.resnets[1:], strict=True):
+            x = block(attention(x, context), temb)
+        return x
+
+
+class UpBlock(Level):
+    """UpBlock2D and CrossAttnUpBlock2D: one level on the way up, then a doubling but at the finest level.
+
+    Each layer reads the running picture beside one of the pictures that the way down left behind.
+    """
+
+    def __init__(self, c: UNetConfig, level: int) -> None:
+        widths = c.block_out_channels
+        width, last = widths[level], len(widths) - 1
+        layers = c.levels("layers_per_block")[level] + 1
+        running = [widths[min(level + 1, last)]] + [width] * (layers - 1)
+        skips = [width] * (layers - 1) + [widths[max(level - 1, 0)]]
+        attend = "CrossAttn" in c.up_block_types[last - level]
+        super().__init__(c, level, [r + s for r, s in zip(running, skips, strict=True)], attend)
+        self.upsamplers = nn.ModuleList([Upsample2D(width)] if level > 0 else [])
+
+    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor | None) -> Tensor:
+        """Takes its pictures from the end of `skips`; odd sizes are met by upsampling to the next one's."""
+        for i in range(len(self.resnets)):
+            x = torch.cat([x, skips.pop()], dim=1)  # (B, C + C_skip, H, W)
+            x = self.layer(i, x, temb, context)  # (B, C_out, H, W)
+        for upsampler in self.upsamplers:
+            x = upsampler(x, size=(skips[-1].shape[2], skips[-1].shape[3]))  # (B, C_out, 2 H, 2 W)
+        return x
+
+
+class UNet(nn.Module):
+    """A noisy picture, its time and the condition to a prediction; parameters named as in `unet/`."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        widths = c.block_out_channels
+        levels = range(len(widths))
+        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        self.down_blocks = nn.ModuleList([DownBlock(c, level) for level in levels])
+        self.mid_block = MidBlock(c)
+        self.up_blocks = nn.ModuleList([UpBlock(c, level) for level in reversed(levels)])
+        self.conv_norm_out = GroupNorm(c.norm_num_groups, widths[0], c.norm_eps, silu=True)
+        self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond) -> Tensor:
+        """Evaluate the network.
+
+        x: (B, C, H, W) with the model's latent channels; `cond.concat` adds further input channels.
+        t: time as a number or tensor, one for all or one a picture (B,).
+        cond: context (B, K, D) when the config has cross-attention.
+        Returns (B, C_out, H, W). Raises ValueError when the condition does not fit the config.
+        """
+        c = self.config
+        context = self._context(cond)
+        temb = self._time(x, t)  # (B, E)
+        x = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)  # (B, C_in, H, W)
+        if x.shape[1] != c.in_channels:
+            raise ValueError(f"input of {x.shape[1]} channels; this U-Net takes {c.in_channels}")
+        if c.center_input_sample:
+            x = 2 * x - 1
+
+        x = self.conv_in(x)  # (B, C_0, H, W)
+        skips = [x]
+        for down in self.down_blocks:
+            x, left = down(x, temb, context)
+            skips += left
+        x = self.mid_block(x, temb, context)  # (B, C_last, H / f, W / f)
+        for up in self.up_blocks:
+            x = up(x, skips, temb, context)
+        return self.conv_out(self.conv_norm_out(x))  # (B, C_out, H, W)
+
+    def _time(self, x: Tensor, t: Tensor | float) -> Tensor:
+        c = self.config
+        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(x.shape[0])  # (B,)
+        features = sinusoidal(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)  # (B, C_0)
+        return self.time_embedding(features.to(x.dtype))  # (B, E)
+
+    def _context(self, cond: Cond) -> Tensor | None:
+        c = self.config
+        if not c.has_cross_attention:
+            return None
+        if cond.context is None:
+            raise ValueError(
+                "cond.context is None, but this U-Net has cross-attention; "
+                f"give token states of shape (B, K, {c.cross_attention_dim})"
+            )
+        if cond.context.shape[-1] != c.cross_attention_dim:
+            raise ValueError(
+                f"cond.context is {cond.context.shape[-1]} wide, this U-Net reads {c.cross_attention_dim}; "
+                "use the text encoder of the same model"
+            )
+        return cond.context
+
+
+def resnet(c: UNetConfig, in_channels: int, out_channels: int, out_scale: float = 1.0) -> ResnetBlock2D:
+    """A residual block with time, as the config wants it."""
+    time_channels = 4 * c.block_out_channels[0]
+    return ResnetBlock2D(in_channels, out_channels, c.norm_num_groups, c.norm_eps, time_channels, out_scale)
+
+
+def transformer(c: UNetConfig, level: int, mid: bool = False) -> Transformer2DModel:
+    """The attention of one level, as the config wants it."""
+    only_cross = c.only_cross_attention is True if mid else c.levels("only_cross_attention")[level]
+    return Transformer2DModel(
+        channels=c.block_out_channels[level],
+        heads=c.levels("attention_head_dim")[level],
+        context_width=c.cross_attention_dim,
+        groups=c.norm_num_groups,
+        depth=c.levels("transformer_layers_per_block")[level],
+        linear=c.use_linear_projection,
+        only_cross=only_cross,
+        upcast=c.upcast_attention,
+    )
