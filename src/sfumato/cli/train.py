@@ -1,0 +1,20 @@
+"""`sfumato train`: a recipe in, a model folder out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run (default: the recipe's).")] = None,
+) -> None:
+    """Train a model; a run that was interrupted continues where it stopped."""
+    if not recipe.is_file():
+        raise FileNotFoundError(f"no recipe {recipe}")
+    from sfumato import train as training
+
+    training.run(recipe, out)

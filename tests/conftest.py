@@ -1,0 +1,90 @@
+"""Fixtures for every test: a complete model folder with random weights, so small that it runs at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfumato.diffusion import named
+from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
+from sfumato.models.unet import UNet, UNetConfig
+from sfumato.pipelines.pipeline import Pipeline
+from sfumato.runtime import choose
+from sfumato.text.tokenizer import train_vocabulary
+from sfumato.weights.folder import Components, load_folder, save_folder
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+TINY_TEXTS = ("a red apple on a blue background, 3d style", "two green frogs", "a cat left of a red car") * 3
+TINY_LENGTH = 16
+
+
+def tiny_components(seed: int = 0) -> Components:
+    """Random parts in the shape of Stable Diffusion for 32x32 pictures, with a v-prediction DDIM schedule."""
+    torch.manual_seed(seed)
+    tokenizer = train_vocabulary(TINY_TEXTS, size=540, max_length=TINY_LENGTH)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TINY_LENGTH,
+        projection_dim=32,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+    )
+    unet = UNetConfig(
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        use_linear_projection=True,
+    )
+    vae = AutoencoderConfig(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 16),
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=0.7,
+    )
+    scheduler = named.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.02,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        steps_offset=1,
+        set_alpha_to_one=True,
+    )
+    return Components(
+        unet=UNet(unet).eval(),
+        vae=AutoencoderKL(vae).eval(),
+        text_encoder=CLIPTextModel(text).eval(),
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete model folder with tiny random parts; do not write into it."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save_folder(tiny_components(), folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_pipe(tiny_folder: Path) -> Pipeline:
+    """A pipeline on the tiny folder, on the CPU in float32."""
+    return Pipeline(load_folder(tiny_folder), choose("cpu", "float32"), model=str(tiny_folder))
