@@ -154,9 +154,7 @@ class MidBlock2D(nn.Module):
         self.attentions = nn.ModuleList(
             [Attention(channels, 1, bias=True, groups=c.norm_num_groups, eps=EPS)] if attention else []
         )
-        self.resnets = nn.ModuleList(
-            [ResnetBlock2D(channels, channels, c.norm_num_groups, EPS) for _ in range(2)]
-        )
+        self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, c.norm_num_groups, EPS) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (self.resnets[0], *self.attentions, self.resnets[1]):

@@ -61,9 +61,7 @@ class CLIPTextConfig:
 
         Options of transformers that do not concern a text tower are passed over: each version writes others.
         """
-        check_choice(
-            "CLIPTextConfig: model_type", raw.get("model_type", "clip_text_model"), ("clip_text_model",)
-        )
+        check_choice("CLIPTextConfig: model_type", raw.get("model_type", "clip_text_model"), ("clip_text_model",))
         for name in ("dropout", "attention_dropout"):
             check_choice(f"CLIPTextConfig: {name}", raw.get(name, 0.0), (0.0,))
         known = cls.__dataclass_fields__

@@ -53,9 +53,7 @@ class GroupNorm(nn.GroupNorm):
         )
 
 
-def norm_by_sums(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def norm_by_sums(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Group norm of a channels-last picture; also means and 1 / deviations of the groups, (B, G, 1) each."""
     B, C, H, W = x.shape
     if H * W >= 1024:  # from this size on PyTorch's own forward kernel works along the channels, too
@@ -96,9 +94,7 @@ class GroupNormBySums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         x, weight, bias, mean, rstd = ctx.saved_tensors  # type: ignore[attr-defined]
         B, C, H, W = x.shape
         G = mean.shape[1]

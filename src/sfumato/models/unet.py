@@ -40,7 +40,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "dual_cross_attention": (False,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
-    "mid_block_only_cross_attention": (None,),
+    "mid_block_only_cross_attention": (None, False),
     "num_attention_heads": (None,),
     "num_class_embeds": (None,),
     "projection_class_embeddings_input_dim": (None,),
@@ -109,8 +109,7 @@ class UNetConfig:
         check_choice("UNetConfig: downsample_padding", self.downsample_padding, (0, 1))
         if not isinstance(self.cross_attention_dim, int):
             raise ValueError(
-                f"UNetConfig: cross_attention_dim = {self.cross_attention_dim!r} is not supported; "
-                "allowed: one integer"
+                f"UNetConfig: cross_attention_dim = {self.cross_attention_dim!r} is not supported; allowed: one integer"
             )
         for name in PER_LEVEL:
             self.levels(name)
@@ -293,8 +292,7 @@ def resnet(c: UNetConfig, in_channels: int, out_channels: int, out_scale: float 
 
 
 def transformer(c: UNetConfig, level: int, mid: bool = False) -> Transformer2DModel:
-    """The attention of one level, as the config wants it."""
-    only_cross = c.only_cross_attention is True if mid else c.levels("only_cross_attention")[level]
+    """The attention of one level, or of the middle, which `only_cross_attention` does not concern."""
     return Transformer2DModel(
         channels=c.block_out_channels[level],
         heads=c.levels("attention_head_dim")[level],
@@ -302,6 +300,6 @@ def transformer(c: UNetConfig, level: int, mid: bool = False) -> Transformer2DMo
         groups=c.norm_num_groups,
         depth=c.levels("transformer_layers_per_block")[level],
         linear=c.use_linear_projection,
-        only_cross=only_cross,
+        only_cross=c.levels("only_cross_attention")[level] and not mid,
         upcast=c.upcast_attention,
     )

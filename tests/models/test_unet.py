@@ -1,0 +1,187 @@
+"""The U-Net beside diffusers' UNet2DConditionModel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from parity import assert_close, count, exchange
+
+from sfumato.cond import Cond
+from sfumato.models.unet import UNet, UNetConfig
+
+TINY: dict[str, Any] = {
+    "block_out_channels": [8, 16, 16],
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+}
+BUILT_IN: dict[str, Any] = {
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "use_linear_projection": True,
+}
+SD2 = {"attention_head_dim": [1, 2, 4], "use_linear_projection": True, "upcast_attention": True}
+SHAPES: dict[str, dict[str, Any]] = {
+    "sd1": {},
+    "sd2": SD2,
+    "built-in": BUILT_IN,
+    "inpaint": {"in_channels": 9},
+    "only-cross": {"only_cross_attention": [True, True, False], "attention_head_dim": 1},
+    "only-cross-everywhere": {"only_cross_attention": True},
+    "rare": {
+        "center_input_sample": True,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "downsample_padding": 0,
+        "mid_block_scale_factor": 1.5,
+        "norm_eps": 1e-4,
+        "out_channels": 8,
+        "layers_per_block": [1, 2, 1],
+        "transformer_layers_per_block": [1, 2, 1],
+    },
+    "no-text": {
+        "down_block_types": ["DownBlock2D"] * 3,
+        "mid_block_type": "UNetMidBlock2D",
+        "up_block_types": ["UpBlock2D"] * 3,
+    },
+}
+
+
+def pair(**changes: Any) -> tuple[UNet, Any]:
+    c = UNetConfig.from_dict({**TINY, **changes})
+    ours, theirs = UNet(c), diffusers.UNet2DConditionModel.from_config(c.to_dict())
+    exchange(ours, theirs)
+    return ours, theirs
+
+
+def inputs(channels: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, channels, height, width, generator=generator)
+    context = torch.randn(2, 7, 12, generator=generator)
+    return x, torch.tensor([3.0, 741.5]), context
+
+
+@pytest.mark.parametrize("size", [(16, 16), (11, 13)])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_same_as_diffusers(shape: str, size: tuple[int, int]) -> None:
+    ours, theirs = pair(**SHAPES[shape])
+    x, t, context = inputs(ours.config.in_channels, *size)
+    expected = theirs(x, t, encoder_hidden_states=context).sample
+    assert_close(f"{shape} {size}", ours(x, t, Cond(context)), expected)
+    ours.to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert_close(f"{shape} {size} channels-last", ours(x, t, Cond(context)), expected)
+
+
+@torch.no_grad()
+def test_same_as_diffusers_in_training_and_for_the_gradients() -> None:
+    ours, theirs = pair(**BUILT_IN)
+    x, t, context = inputs(4, 16, 16)
+    ours.to(memory_format=torch.channels_last)
+    with torch.enable_grad():
+        out = ours(x.contiguous(memory_format=torch.channels_last), t, Cond(context))
+        expected = theirs(x, t, encoder_hidden_states=context).sample
+        out.square().mean().backward()
+        expected.square().mean().backward()
+    assert_close("training output", out, expected)
+    theirs_by_name = dict(theirs.named_parameters())
+    worst = 0.0
+    for name, p in ours.named_parameters():
+        q = theirs_by_name[name].grad
+        assert p.grad is not None
+        worst = max(worst, float((p.grad - q).abs().max() / q.abs().max().clamp(min=1e-6)))
+    print(f"largest difference of a gradient {worst:.2e} of its range")
+    assert worst < 1e-3
+
+
+@torch.no_grad()
+def test_time_is_a_number_a_scalar_or_one_a_picture() -> None:
+    net, _ = pair()
+    x, _, context = inputs(4, 8, 8)
+    outs = [net(x, t, Cond(context)) for t in (7.0, 7, torch.tensor(7), torch.tensor([7.0]), torch.tensor([7, 7]))]
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
+@torch.no_grad()
+def test_concat_adds_input_channels() -> None:
+    net, _ = pair(in_channels=9)
+    x, t, context = inputs(9, 8, 8)
+    assert torch.equal(net(x[:, :4], t, Cond(context, concat=x[:, 4:])), net(x, t, Cond(context)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "published"),
+    [
+        ({"cross_attention_dim": 768}, 859_520_964),
+        (
+            {
+                "cross_attention_dim": 1024,
+                "attention_head_dim": [5, 10, 20, 20],
+                "use_linear_projection": True,
+                "upcast_attention": True,
+            },
+            865_910_724,
+        ),
+    ],
+    ids=["sd15", "sd21"],
+)
+def test_published_parameter_counts(changes: dict[str, Any], published: int) -> None:
+    with torch.device("meta"):
+        assert count(UNet(UNetConfig.from_dict(changes))) == published
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_config_survives_the_round_trip_through_diffusers(shape: str) -> None:
+    c = UNetConfig.from_dict({**TINY, **SHAPES[shape]})
+    assert hash(c) is not None
+    assert c.to_dict()["_class_name"] == "UNet2DConditionModel"
+    assert UNetConfig.from_dict(c.to_dict()) == c
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel.from_config(c.to_dict())
+    assert UNetConfig.from_dict(dict(theirs.config)) == c
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"down_block_types": ["CrossAttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"]}, "'AttnDownBlock2D'.*allow"),
+        ({"down_block_types": ["DownBlock2D"]}, "has 1 entries; give 3"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "allowed: 'UNetMidBlock2DCrossAttn'"),
+        ({"attention_head_dim": [1, 2]}, r"attention_head_dim = \(1, 2\) has 2 entries; give one value or 3"),
+        ({"act_fn": "gelu"}, "act_fn = 'gelu'.*'silu'"),
+        ({"dual_cross_attention": True}, "dual_cross_attention = True is not supported; allowed: False"),
+        ({"num_class_embeds": 1000}, "num_class_embeds = 1000 is not supported; allowed: None"),
+        ({"addition_embed_type": "text_time"}, "addition_embed_type = 'text_time'"),
+        ({"cross_attention_dim": [1, 2, 3]}, "allowed: one integer"),
+        ({"layers_per_blok": 3}, "unknown option layers_per_blok = 3; did you mean 'layers_per_block'"),
+    ],
+)
+def test_config_errors_name_the_value_and_what_is_allowed(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        UNetConfig.from_dict({**TINY, **changes})
+
+
+def test_notes_and_options_that_are_switched_off_are_passed_over() -> None:
+    raw = {**TINY, "_diffusers_version": "9.9", "_name_or_path": "x", "option_of_tomorrow": None, "another": False}
+    assert UNetConfig.from_dict(raw) == UNetConfig.from_dict(TINY)
+
+
+def test_a_condition_that_does_not_fit_is_refused() -> None:
+    net = UNet(UNetConfig.from_dict(TINY))
+    x, t, context = inputs(4, 8, 8)
+    with pytest.raises(ValueError, match=r"cond\.context is None.*\(B, K, 12\)"):
+        net(x, t, Cond())
+    with pytest.raises(ValueError, match="7 wide, this U-Net reads 12"):
+        net(x, t, Cond(context[..., :7]))
+    with pytest.raises(ValueError, match="input of 3 channels; this U-Net takes 4"):
+        net(x[:, :3], t, Cond(context))
+    with pytest.raises(ValueError, match="3 attention heads do not divide"):
+        UNet(UNetConfig.from_dict({**TINY, "attention_head_dim": 3}))
