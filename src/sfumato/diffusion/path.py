@@ -118,11 +118,12 @@ class VPPath:
     """Variance preserving: alpha² + sigma² = 1 from a table of betas (DDPM, Stable Diffusion 1 and 2, SDXL).
 
     betas:         (N,) variances of the forward steps, given by `betas(...)` or trained.
-    zero_snr:      shift and stretch alpha so that the last point is pure noise (Lin et al. 2023, algorithm
-    1).
+    zero_snr:      shift and stretch alpha so that the last point is pure noise (Lin et al. 2023).
     floor:         smallest alpha² allowed, for samplers that divide by alpha; 0 leaves the table as it is.
     interpolation: what is interpolated at a fractional t: "log" (log of sigma / alpha, as k-diffusion does)
                    or "linear" (sigma / alpha itself, as diffusers' Euler family does).
+    dtype:         precision of the product of 1 - beta; float32 gives the table that diffusers holds, which
+                   differs by up to 1e-5.
     """
 
     def __init__(
@@ -131,13 +132,15 @@ class VPPath:
         zero_snr: bool = False,
         floor: float = 0.0,
         interpolation: Literal["log", "linear"] = "log",
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         if interpolation not in ("log", "linear"):
             raise ValueError(f"unknown interpolation {interpolation!r}; choose 'log' or 'linear'")
         table = torch.as_tensor(betas, dtype=torch.float64)
         if table.ndim != 1 or len(table) < 2 or not bool(((table >= 0) & (table <= 1)).all()):
             raise ValueError("betas must be a list of at least 2 numbers between 0 and 1")
-        alpha = np.cumprod(1.0 - table.numpy()) ** 0.5  # Ho et al. 2020, section 2
+        alpha_bar = torch.cumprod(1.0 - table.to(dtype), dim=0)  # Ho et al. 2020, section 2
+        alpha = alpha_bar.double().numpy() ** 0.5
         if zero_snr:
             alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
         alpha = np.maximum(alpha, floor**0.5)

@@ -103,7 +103,7 @@ def ancestral(a: Point, b: Point, eta: float = 1.0) -> tuple[Point, float]:
 
 
 class Straight:
-    """Coordinates in which a path is straight: x / scale over s, with a constant slope while x0 stays constant.
+    """Coordinates in which a path is straight: x / scale over s, of constant slope while x0 stays as it is.
 
     x / alpha over sigma / alpha in general; x over sigma where alpha + sigma = 1 (flow). A grid from pure
     noise, where the former is infinite, uses x / (alpha + sigma) over sigma / (alpha + sigma).

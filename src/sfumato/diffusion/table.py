@@ -52,7 +52,7 @@ class TableScheduler(Scheduler):
         else:
             table = betas(self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end)
         floor = SMALLEST_ALPHA_BAR if zero_snr and straight else 0.0
-        path = VPPath(table, zero_snr, floor, "linear" if straight else "log")
+        path = VPPath(table, zero_snr, floor, "linear" if straight else "log", torch.float32)
         self.entry = get_sampler(sampler)
         self.steps_offset = steps_offset
         self.prepare(path, prediction, spacing)
