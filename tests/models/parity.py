@@ -10,6 +10,7 @@ TOLERANCE = 1e-4  # of the reference output's range
 
 def assert_close(what: str, ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
     """Compare by the largest absolute difference relative to the reference's range, and print it."""
+    ours, theirs = ours.detach(), theirs.detach()
     assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} and {tuple(theirs.shape)}"
     span = float(theirs.max() - theirs.min())
     difference = float((ours - theirs).abs().max()) / span
