@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from sfumato.diffusion import SPACINGS, FlowPath, Path, VEPath, VPPath, betas, make_grid
@@ -20,7 +22,7 @@ def test_every_spacing_falls_on_every_path(spacing: str, path: Path, steps: int)
     assert len(grid) == steps + 1
     assert grid[-1].sigma == 0 and grid[-1].alpha == 1
     ratios = [p.ratio for p in grid]
-    assert all(a > b for a, b in zip(ratios, ratios[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(ratios))
 
 
 def test_known_timesteps() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from functools import partial
@@ -49,7 +50,7 @@ def test_order_of_convergence(name: str, path: str) -> None:
     for steps in (40, 80, 160):
         grid = smooth_grid(PATHS[path], steps)
         errors.append((run(SAMPLERS[name], X, grid) - end_point(X, grid[0], grid[-1])).abs().max().item())
-    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     print(f"{name} on {path}: errors {errors}, orders {orders}")
     assert orders[-1] > SAMPLERS[name].order - 0.1
     assert errors[-1] < 1e-2

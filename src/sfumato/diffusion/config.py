@@ -12,6 +12,21 @@ from typing import ClassVar, TypeVar
 from .registry import find
 
 CONFIG_NAME = "scheduler_config.json"
+# Options of schedulers that have no class here; configurations that were converted from these carry them along.
+FOREIGN = frozenset(
+    {
+        "disable_corrector",
+        "noise_sampler_seed",
+        "original_inference_steps",
+        "predict_x0",
+        "rho",
+        "s_noise",
+        "sigma_data",
+        "sigma_schedule",
+        "solver_p",
+        "timestep_scaling",
+    }
+)
 C = TypeVar("C", bound="Configured")
 
 
@@ -65,6 +80,8 @@ class Configured:
         on `Scheduler`, the configuration's `_class_name` decides. ValueError for an unknown class, an option
         that no class has, or a value that is not supported.
         """
+        if "_class_name" not in config and not cls.option_names():
+            raise ValueError(f"the configuration lacks _class_name; known: {', '.join(cls.makers())}")
         name = str(config.get("_class_name", cls.__name__))
         target = cls if cls.option_names() else find(cls.makers(), name, "scheduler class")
         defaults = config.get("_use_default_values", ())
@@ -73,7 +90,7 @@ class Configured:
         names = target.option_names()
         extras = {k: v for k, v in wanted.items() if k not in names}
         if name == target.__name__:
-            everybody = {n for c in cls.makers().values() for n in c.option_names()}
+            everybody = FOREIGN.union(*(c.option_names() for c in cls.makers().values()))
             strange = [k for k, v in extras.items() if k not in everybody and v not in (None, False)]
             if strange:
                 raise ValueError(f"{target.__name__} has no option {strange[0]!r}; it has {', '.join(names)}")

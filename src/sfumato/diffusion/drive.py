@@ -81,8 +81,7 @@ class Run:
         return cls(sampler(x, grid, noise), guidance, prediction, len(evaluations(sampler, grid)))
 
     def advance(self, answers: Sequence[Tensor]) -> None:
-        """Take the network's answers (as clean pictures) to this turn's questions and go on to the next
-        point."""
+        """Take the answers (as clean pictures) to this turn's questions and go on to the next point."""
         self.x0 = self.guidance.combine(self.x, self.point, answers)
         self.done += 1
         try:
@@ -115,8 +114,7 @@ class Driver:
 
     @torch.no_grad()
     def turn(self) -> list[Run]:
-        """Evaluate what every active run wants, once, and advance each; the runs advanced, ended ones
-        included."""
+        """Evaluate what every active run wants, once; returns the runs advanced, ended ones included."""
         runs = list(self.active)
         queries = [(run, query) for run in runs for query in run.guidance.ask(run.x, run.point)]
         groups: dict[object, list[int]] = {}

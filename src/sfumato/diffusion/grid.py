@@ -82,8 +82,7 @@ def leading(path: Path, steps: int, steps_offset: int, rho: float) -> list[Point
 
 @spacing("trailing")
 def trailing(path: Path, steps: int, steps_offset: int, rho: float) -> list[Point]:
-    """Counted down from the last training step, so that sampling starts where training ended (Lin et al.
-    2023)."""
+    """Counted down from the last training step, to start where training ended (Lin et al. 2023)."""
     return [path.place(i) for i in trailing_indices(steps, path.num_train_timesteps)]
 
 

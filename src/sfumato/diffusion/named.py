@@ -45,12 +45,12 @@ class DDIMScheduler(TableScheduler):
     def __post_init__(self) -> None:
         self.allow("prediction_type", "epsilon", "sample", "v_prediction")
         zero_snr = self.rescale_betas_zero_snr
-        self.lay("ddim", self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr)
+        self.settle("ddim", self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr)
 
     def own_plan(self, steps: int) -> Plan:
         """Whole timesteps, and at the end the data itself or the first row of the table."""
         end = END if self.set_alpha_to_one else self.path.point(0)
-        return Plan(self.entry, [*map(self.path.point, self.whole_indices(steps)), end])
+        return Plan(self.entry.run, [*map(self.path.point, self.whole_indices(steps)), end])
 
     def limit(self, x0: Tensor) -> Tensor:
         """Dynamic thresholding, or clipping, as configured."""
@@ -81,7 +81,7 @@ class DDPMScheduler(TableScheduler):
         self.allow("variance_type", "fixed_small", "fixed_small_log", "fixed_large")
         self.allow("prediction_type", "epsilon", "sample", "v_prediction")
         zero_snr = self.rescale_betas_zero_snr
-        self.lay("ddpm", self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr)
+        self.settle("ddpm", self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr)
 
     def own_plan(self, steps: int) -> Plan:
         """Whole timesteps down to the data itself."""
@@ -111,7 +111,7 @@ class PNDMScheduler(TableScheduler):
 
     def __post_init__(self) -> None:
         self.allow("prediction_type", "epsilon", "v_prediction")
-        self.lay("plms", self.prediction_type, self.timestep_spacing, self.steps_offset)
+        self.settle("plms", self.prediction_type, self.timestep_spacing, self.steps_offset)
 
     def own_plan(self, steps: int) -> Plan:
         """Whole timesteps; Runge-Kutta steps also visit half a step above each of the first three ends."""
@@ -139,8 +139,7 @@ class PNDMScheduler(TableScheduler):
 
 @dataclass(eq=False)
 class StraightScheduler(TableScheduler):
-    """What the schedulers that work on x / alpha share: their samples are the clean picture plus sigma times
-    noise."""
+    """What the schedulers that work on x / alpha share: samples are the clean picture plus sigma times noise."""
 
     def scale(self, point: Point) -> float:
         """alpha."""
@@ -171,7 +170,7 @@ class StraightScheduler(TableScheduler):
             points = [self.path.at_level(level) for level in exponential_levels(high, low, steps)]
         first = self.path.level(points[0])
         sample = first if self.spacing in ("linspace", "trailing") else math.hypot(first, 1)
-        return Plan(self.entry, [*points, self.final()], init_scale=sample * points[0].alpha)
+        return Plan(self.entry.run, [*points, self.final()], init_scale=sample * points[0].alpha)
 
 
 @dataclass(eq=False)
@@ -200,7 +199,7 @@ class EulerDiscreteScheduler(StraightScheduler):
         self.allow("timestep_type", "discrete")
         self.allow("final_sigmas_type", "zero", "sigma_min")
         zero_snr = self.rescale_betas_zero_snr
-        self.lay("euler", self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr, True)
+        self.settle("euler", self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr, True)
 
     def final(self) -> Point:
         """The data itself, or the first row of the table."""
@@ -225,7 +224,7 @@ class EulerAncestralDiscreteScheduler(StraightScheduler):
     def __post_init__(self) -> None:
         self.allow("prediction_type", "epsilon", "v_prediction")
         zero_snr = self.rescale_betas_zero_snr
-        self.lay("euler_a", self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr, True)
+        self.settle("euler_a", self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr, True)
 
     def curve(self) -> str | None:
         """None: this scheduler has no such option."""
@@ -253,7 +252,7 @@ class HeunDiscreteScheduler(StraightScheduler):
     def __post_init__(self) -> None:
         self.allow("prediction_type", "epsilon", "sample", "v_prediction")
         self.allow("use_beta_sigmas", False)
-        self.lay("heun", self.prediction_type, self.timestep_spacing, self.steps_offset, straight=True)
+        self.settle("heun", self.prediction_type, self.timestep_spacing, self.steps_offset, straight=True)
 
     def limit(self, x0: Tensor) -> Tensor:
         """Clipping, as configured."""
@@ -276,7 +275,7 @@ class LMSDiscreteScheduler(StraightScheduler):
     def __post_init__(self) -> None:
         self.allow("prediction_type", "epsilon", "sample", "v_prediction")
         self.allow("use_beta_sigmas", False)
-        self.lay("lms", self.prediction_type, self.timestep_spacing, self.steps_offset, straight=True)
+        self.settle("lms", self.prediction_type, self.timestep_spacing, self.steps_offset, straight=True)
 
 
 @dataclass(eq=False)
@@ -331,11 +330,10 @@ class DPMSolverMultistepScheduler(TableScheduler):
         ode, sde = ("ddim", "euler_a") if self.solver_order == 1 else ("dpmpp_2m", "dpmpp_2m_sde")
         sampler = ode if self.algorithm_type == "dpmsolver++" else sde
         zero_snr = self.rescale_betas_zero_snr
-        self.lay(sampler, self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr, True)
+        self.settle(sampler, self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr, True)
 
     def whole_indices(self, steps: int) -> list[float]:
-        """As of one step more without the last one, where the spacing would end on the first row of the
-        table."""
+        """But for "trailing", those of one step more without the last, which is the table's first row."""
         if self.spacing == "trailing" or steps == self.num_train_timesteps:
             return super().whole_indices(steps)
         return super().whole_indices(steps + 1)[:-1]
@@ -350,11 +348,11 @@ class DPMSolverMultistepScheduler(TableScheduler):
             levels = exponential_levels(*level_range(self.path), steps)
         if levels:
             points = [self.path.at_level(level) for level in levels]
-        if self.use_karras_sigmas and self.beta_schedule != "squaredcos_cap_v2":
-            points = [replace(p, t=float(round(p.t))) for p in points]
+        whole = round if self.use_karras_sigmas and self.beta_schedule != "squaredcos_cap_v2" else int
+        points = [replace(p, t=float(whole(p.t))) for p in points]
         grid = [*points, END if self.final_sigmas_type == "zero" else self.path.point(0)]
         if self.solver_order == 1:
-            return Plan(self.entry, grid)
+            return Plan(self.entry.run, grid)
         euler = self.euler_at_final or (self.lower_order_final and steps < 15)
         return Plan(partial(self.entry.run, rule=self.solver_type, euler_at_final=euler), grid)
 

@@ -20,8 +20,8 @@ class Point:
     """One place on a path: the noisy picture there is `alpha * x0 + sigma * eps`.
 
     t:     what the network is told.
-    alpha: weight of the clean picture; a float, or a tensor that broadcasts over pictures.
-    sigma: weight of unit noise; of the same kind as alpha.
+    alpha: weight of the clean picture.
+    sigma: weight of unit noise.
     """
 
     t: float
@@ -198,8 +198,7 @@ class VPPath:
         return min(point.ratio, (1 / SMALLEST_ALPHA_BAR - 1) ** 0.5)
 
     def at_level(self, level: float) -> Point:
-        """The point with sigma / alpha = level; its time is found in the table by log level, clamped to
-        0..N-1."""
+        """The point with sigma / alpha = level; its time is looked up by log level, clamped to 0..N-1."""
         t = float(np.interp(math.log(max(level, 1e-10)), self.log_ratios, np.arange(len(self.alphas))))
         return self._from_ratio(t, level)
 
@@ -241,7 +240,7 @@ class VEPath:
 
     def at(self, t: Tensor) -> Points:
         """The points for a batch of network times (B,)."""
-        sigma = (4 * t.double()).exp()
+        sigma = (4 * t.float()).exp()
         return batched(t, torch.ones_like(sigma), sigma)
 
     def place(self, index: float) -> Point:
@@ -293,7 +292,7 @@ class FlowPath:
 
     def at(self, t: Tensor) -> Points:
         """The points for a batch of network times (B,)."""
-        sigma = t.double() / self._n
+        sigma = t.float() / self._n
         return batched(t, 1 - sigma, sigma)
 
     def place(self, index: float) -> Point:

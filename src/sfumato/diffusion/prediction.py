@@ -70,8 +70,7 @@ def get_prediction(name: str) -> Prediction:
 
 
 def edm(sigma_data: float = 0.5) -> Prediction:
-    """EDM preconditioning for data of standard deviation sigma_data (Karras et al. 2022, table 1, last
-    column).
+    """EDM preconditioning for data of standard deviation sigma_data (Karras et al. 2022, table 1).
 
     The network sees c_in * x and its output is scaled to unit variance; c_noise = ln(sigma) / 4 is the time
     that a `VEPath` tells. On other paths the formulas apply to x / alpha and sigma / alpha.

@@ -34,8 +34,7 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered sampler: its name, order of convergence, whether it draws noise, and the coroutine
-    function.
+    """A registered sampler: its name, order of convergence, whether it draws noise, and its function.
 
     The function takes x, grid, noise and its own options as keywords; bind them with functools.partial.
     """
@@ -85,8 +84,7 @@ def evaluations(sampler: Sampler, grid: Sequence[Point]) -> list[Point]:
 
 
 def move(x: Tensor, x0: Tensor, a: Point, b: Point) -> Tensor:
-    """The exact step from a to b along the straight line that x0 fixes: DDIM, Euler and flow Euler are this
-    line."""
+    """The exact step from a to b if x0 stayed constant: DDIM, Euler and flow Euler are this line."""
     r = b.sigma / a.sigma
     return r * x + (b.alpha - r * a.alpha) * x0
 
@@ -94,8 +92,8 @@ def move(x: Tensor, x0: Tensor, a: Point, b: Point) -> Tensor:
 def ancestral(a: Point, b: Point, eta: float = 1.0) -> tuple[Point, float]:
     """Split a step to b into a deterministic part and fresh noise: (lower point to move to, noise to add).
 
-    The noise is eta times the standard deviation of the forward process' posterior (Song et al. 2021, eq.
-    16), so that eta 1 is DDPM and Euler ancestral, and eta 0 adds none.
+    The noise is eta times the standard deviation of the forward process' posterior (Song et al. 2021,
+    eq. 16), so that eta 1 is DDPM and Euler ancestral, and eta 0 adds none.
     """
     shrink = b.sigma * a.alpha / (a.sigma * b.alpha)
     up = min(eta * b.sigma * math.sqrt(max(1 - shrink**2, 0.0)), b.sigma)
@@ -129,8 +127,7 @@ class Straight:
 
 
 class Turning:
-    """The same for a variance-preserving path seen as a turn: the direction is v (Salimans & Ho 2022,
-    appendix D)."""
+    """The same with v for the direction, on a variance-preserving path (Salimans & Ho 2022, appendix D)."""
 
     def slope(self, x: Tensor, x0: Tensor, a: Point) -> Tensor:
         """v at a point where the clean picture is x0."""
@@ -166,8 +163,10 @@ def ddim(x: Tensor, grid: Sequence[Point], noise: Noise, eta: float = 0.0) -> St
 def ddpm(
     x: Tensor, grid: Sequence[Point], noise: Noise, variance: Literal["small", "large"] = "small"
 ) -> Steps:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), with the posterior's variance ("small") or beta
-    ("large")."""
+    """Ancestral sampling (Ho et al. 2020, algorithm 2).
+
+    variance: of the noise: the posterior's ("small"), or on a variance-preserving path beta ("large").
+    """
     for a, b in pairwise(grid):
         x, x0 = yield x, a
         down, up = ancestral(a, b)
@@ -206,8 +205,7 @@ def heun(x: Tensor, grid: Sequence[Point], noise: Noise) -> Steps:
 
 @sampler("lms", order=2)
 def lms(x: Tensor, grid: Sequence[Point], noise: Noise, history: int = 4) -> Steps:
-    """Linear multistep, as in k-diffusion: Adams-Bashforth weights for an uneven grid, from up to `history`
-    slopes.
+    """Linear multistep, as in k-diffusion: Adams-Bashforth on an uneven grid, from up to `history` slopes.
 
     The first steps have fewer slopes to look back on, which bounds the order of the whole at 2.
     """
@@ -244,14 +242,13 @@ def plms(
     middle: Sequence[Point] = (),
     mix: Literal["slope", "v"] = "slope",
 ) -> Steps:
-    """Pseudo linear multistep (Liu et al. 2022, PNDM): even-grid Adams-Bashforth weights on eps, moved along
-    the path.
+    """Pseudo linear multistep (Liu et al. 2022, PNDM): even-grid Adams-Bashforth weights on slopes.
 
     warmup: how the history begins: "heun" evaluates the second point twice (S-PNDM), "runge_kutta" makes the
             first steps with four evaluations each and needs `middle`, their midpoints (F-PNDM), "none" starts
             with Euler.
-    mix:    what is weighted: slopes (eps on a variance-preserving path), or v as diffusers does for models
-    that say v.
+    mix:    what is weighted: slopes (eps on a variance-preserving path), or v, which diffusers does for models
+            that say v and which is of first order only.
     """
     line: Straight | Turning = Straight(grid) if mix == "slope" else Turning()
     past: list[Tensor] = []  # newest first
@@ -281,8 +278,10 @@ ADAMS_BASHFORTH = (
 def runge_kutta(
     x: Tensor, points: tuple[Point, Point, Point], line: Straight | Turning
 ) -> Generator[tuple[Tensor, Point], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A pseudo Runge-Kutta step through (start, middle, end) (Liu et al. 2022, eq. 13): the new x, the first
-    slope."""
+    """A pseudo Runge-Kutta step from start over middle to end (Liu et al. 2022, eq. 13).
+
+    Returns the x at the end and the slope at the start.
+    """
     a, middle, b = points
     x, x0 = yield x, a
     slopes = [line.slope(x, x0, a)]
@@ -299,17 +298,14 @@ def extrapolated(
     h: float,
     rule: Literal["midpoint", "heun"],
 ) -> Tensor:
-    """x0 extrapolated in log-SNR into the coming step, from itself and the one before (DPM-Solver++, section
-    4).
+    """x0 extrapolated in log-SNR into the coming step, from itself and the one before (Lu et al. 2022).
 
     points: before, here, next. h: the step in log-SNR, times 1 + eta when noise is added.
     """
     before, a, b = points
     if old is None or math.isinf(h):
         return x0
-    last = (
-        a.log_snr - before.log_snr
-    )  # infinite when the step before came from pure noise: nothing to extrapolate
+    last = a.log_snr - before.log_snr  # infinite after a step from pure noise, which extrapolates nothing
     weight = 0.5 if rule == "midpoint" else -1 / math.expm1(-h) - 1 / h
     return x0 + weight * (b.log_snr - a.log_snr) / last * (x0 - old)
 
@@ -346,8 +342,7 @@ def dpmpp_2m_sde(
     rule: Literal["midpoint", "heun"] = "midpoint",
     euler_at_final: bool = False,
 ) -> Steps:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 5): the same extrapolation with fresh noise; eta 0 is
-    dpmpp_2m."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 5): dpmpp_2m with fresh noise, scaled by eta."""
     old, before = None, grid[0]
     for i, (a, b) in enumerate(pairwise(grid)):
         x, x0 = yield x, a

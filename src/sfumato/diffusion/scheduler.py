@@ -19,7 +19,7 @@ from .config import Configured
 from .grid import make_grid
 from .path import Path, Point, VPPath
 from .prediction import get_prediction
-from .samplers import Entry, Sampler, Steps, ddim, evaluations, get_sampler
+from .samplers import Sampler, Steps, ddim, evaluations, get_sampler
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -62,8 +62,7 @@ class Scheduler(Configured):
     steps_offset: added to each index by the "leading" spacing.
 
     `step` always works on the sample that it is handed, so the caller may edit it between steps. A timestep
-    out of
-    turn begins anew there: one-step samplers do not notice, others forget their history.
+    out of turn begins anew there: one-step samplers do not notice, others forget their history.
     """
 
     order: ClassVar[int] = 1
@@ -94,6 +93,7 @@ class Scheduler(Configured):
         self.begin_index: int | None = None
         self._plan: Plan | None = None
         self._evaluations: list[Point] = []
+        self._places: dict[float, list[int]] = {}  # where in the evaluations each time stands
         self._steps: Steps | None = None
         self._point: Point | None = None
         self._eta = 0.0
@@ -103,7 +103,7 @@ class Scheduler(Configured):
 
     def own_plan(self, steps: int) -> Plan:
         """The plan of this facade's own sampler and spacing."""
-        return Plan(self.entry, make_grid(self.path, self.spacing, steps, self.steps_offset))
+        return Plan(self.entry.run, make_grid(self.path, self.spacing, steps, self.steps_offset))
 
     def scale(self, point: Point) -> float:
         """The caller's samples are x / scale; 1 but for the Euler family on a variance-preserving path."""
@@ -122,14 +122,13 @@ class Scheduler(Configured):
         spacing: str | None = None,
         options: Mapping[str, object] | None = None,
     ) -> Plan:
-        """How to sample with `steps` steps of any registered sampler and spacing; None takes this facade's
-        own.
+        """How to sample with any registered sampler and spacing; None takes this facade's own.
 
         options: keywords of the sampler's coroutine, such as eta. ValueError for unknown names.
         """
         entry = self.entry if sampler is None else get_sampler(sampler)
         grid = make_grid(self.path, spacing or self.spacing, steps, self.steps_offset)
-        return Plan(bind(entry, options), grid)
+        return Plan(partial(entry.run, **(options or {})), grid)
 
     def grid(self, steps: int, spacing: str | None = None, sampler: str | None = None) -> list[Point]:
         """The grid of `plan`."""
@@ -150,8 +149,18 @@ class Scheduler(Configured):
         self.device = device
         self.begin_index = None
         self._steps = None
-        self._plan = self.own_plan(num_inference_steps)
-        self._evaluations = evaluations(self._plan.sampler, self._plan.grid)
+        self._plan = None
+        self.lay(num_inference_steps)
+
+    def lay(self, steps: int) -> Plan:
+        """Make the plan and list its evaluations."""
+        plan = self.own_plan(steps)
+        self._evaluations = evaluations(plan.sampler, plan.grid)
+        self._places = {}
+        for i, point in enumerate(self._evaluations):
+            self._places.setdefault(self.time(point.t), []).append(i)
+        self._plan = plan
+        return plan
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Say at which entry of `timesteps` the loop will start, where a repeated entry leaves that open."""
@@ -160,22 +169,20 @@ class Scheduler(Configured):
     @property
     def laid(self) -> Plan:
         """The plan in use; before `set_timesteps` it visits every training step."""
-        if self._plan is None:
-            self._plan = self.own_plan(self.num_train_timesteps)
-            self._evaluations = evaluations(self._plan.sampler, self._plan.grid)
-        return self._plan
+        return self._plan if self._plan is not None else self.lay(self.num_train_timesteps)
 
     @property
     def timesteps(self) -> Tensor:
         """The network's time at each evaluation: int64, or float32 where times may be fractional."""
-        end = self.laid.grid[-1]
+        _ = self.laid
         dtype = torch.int64 if self.integer_times else torch.float32
-        return torch.tensor([p.t for p in self._evaluations if p is not end], dtype=dtype, device=self.device)
+        return torch.tensor([p.t for p in self._evaluations], dtype=dtype, device=self.device)
 
     @property
     def sigmas(self) -> Tensor:
         """The noise level at each evaluation and at the end, float32."""
-        points = [*self._evaluations, self.laid.grid[-1]] if self._plan else self.laid.grid
+        end = self.laid.grid[-1]
+        points = [*self._evaluations, end]
         return torch.tensor([self.path.level(p) for p in points], dtype=torch.float32)
 
     @property
@@ -255,22 +262,23 @@ class Scheduler(Configured):
         wanted = self.time(t)
         if self._steps is not None and self._point is not None and self.time(self._point.t) == wanted:
             return self._point
-        _ = self.laid
-        found = [p for p in self._evaluations if self.time(p.t) == wanted]
-        return found[0] if found else self.path.point(float(t))
+        known = self._places if self.laid else {}
+        return self._evaluations[known[wanted][0]] if wanted in known else self.path.point(float(t))
 
     def begin(self, timestep: float | Tensor, sample: Tensor, eta: float) -> None:
         """Start a coroutine at a timestep."""
         plan = self.laid
         wanted = self.time(timestep)
-        places = [i for i, p in enumerate(self._evaluations) if self.time(p.t) == wanted]
+        places = self._places.get(wanted, [])
         if not places:
             raise ValueError(f"timestep {float(timestep)} is not in scheduler.timesteps; take one from there")
-        # A repeated time is an earlier step's second evaluation first, and a step of its own after that.
-        place = self.begin_index if self.begin_index in places else places[min(len(places) - 1, 1)]
-        if places[0] == 0 and self.begin_index is None:
+        if self.begin_index in places:
+            place = self.begin_index
+        elif places[0] == 0:
             place = 0
-        point = self._evaluations[place or 0]
+        else:  # a repeated time is first the second evaluation of the step before, then a step of its own
+            place = places[min(len(places) - 1, 1)]
+        point = self._evaluations[place]
         if point not in plan.grid:
             raise ValueError(f"sampling cannot start at timestep {float(timestep)}, which lies inside a step")
         index = plan.grid.index(point)
@@ -302,8 +310,3 @@ def draw(shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor
     """Standard noise drawn on the generator's device."""
     device = generator.device if generator is not None else like.device
     return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
-
-
-def bind(entry: Entry, options: Mapping[str, object] | None) -> Sampler:
-    """A sampler with options bound."""
-    return partial(entry.run, **options) if options else entry

@@ -31,7 +31,7 @@ class TableScheduler(Scheduler):
     stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Names of the samplers that this class stands for, each with the options that select it."""
 
-    def lay(
+    def settle(
         self,
         sampler: str,
         prediction: str,
@@ -64,8 +64,7 @@ class TableScheduler(Scheduler):
         spacing: str | None = None,
         options: Mapping[str, object] | None = None,
     ) -> Plan:
-        """How to sample with `steps` steps of any registered sampler and spacing; None takes this scheduler's
-        own.
+        """How to sample with any registered sampler and spacing; None takes this scheduler's own.
 
         A sampler that a named scheduler stands for gets what that one makes of these options, as if the
         configuration had been loaded into it. ValueError for unknown names.
@@ -85,9 +84,12 @@ class TableScheduler(Scheduler):
         plan = facade.own_plan(steps)
         if spacing is not None and f"use_{spacing}_sigmas" not in names and spacing not in TIME_SPACINGS:
             points = get_spacing(spacing)(facade.path, steps, facade.steps_offset, 7.0)
-            plan = replace(plan, grid=[*points, plan.grid[-1]])
+            run = (
+                facade.entry.run if plan.midway else plan.sampler
+            )  # a warm-up is bound to the grid it was for
+            plan = Plan(run, [*points, plan.grid[-1]], plan.init_scale)
         if name != facade.entry.name:
-            plan = Plan(get_sampler(name), plan.grid, plan.init_scale)
+            plan = Plan(get_sampler(name).run, plan.grid, plan.init_scale)
         return replace(plan, sampler=partial(plan.sampler, **options)) if options else plan
 
     def whole_indices(self, steps: int) -> list[float]:
@@ -105,8 +107,7 @@ class TableScheduler(Scheduler):
 
 
 def threshold(x0: Tensor, ratio: float, largest: float) -> Tensor:
-    """Dynamic thresholding (Saharia et al. 2022, section 2.3): clip each image to a quantile, and rescale to
-    +-1.
+    """Dynamic thresholding (Saharia et al. 2022, section 2.3): clip to a quantile of each image, and rescale.
 
     ratio: the quantile of the absolute values. largest: the quantile is brought into 1..largest first.
     """

@@ -1,0 +1,206 @@
+"""The facade: the same numbers as the driver, the protocol, and the sample that the caller hands over."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.cond import Cond
+from sfumato.diffusion import (
+    SAMPLERS,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowPath,
+    HeunDiscreteScheduler,
+    Path,
+    Plain,
+    PNDMScheduler,
+    Run,
+    Scheduler,
+    VEPath,
+    drive,
+    make_grid,
+)
+
+from .oracle import VP
+
+
+def net(x: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
+    """An elementwise toy network."""
+    t = torch.as_tensor(t, dtype=torch.float32).reshape(-1, 1, 1, 1)
+    return torch.sin(3 * x) * 0.3 + x * (t / 1000)
+
+
+def noise_of(seed: int) -> tuple[torch.Generator, partial[Tensor]]:
+    """A generator, and a sampler's noise source that draws from it."""
+    generator = torch.Generator().manual_seed(seed)
+    return generator, partial(lambda g, x: torch.randn(x.shape, generator=g), generator)
+
+
+def loop(scheduler: Scheduler, x: Tensor, generator: torch.Generator, start: int = 0) -> Tensor:
+    """The loop that everybody writes."""
+    for t in scheduler.timesteps[start * scheduler.order :]:
+        out = net(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(out, t, x, generator=generator).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "karras"])
+@pytest.mark.parametrize("path", [VP, VEPath(), FlowPath(3.0)], ids=["vp", "ve", "flow"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_facade_equals_driver_bit_for_bit(name: str, path: Path, spacing: str) -> None:
+    """The same coroutine, driven from outside and from inside, in float32."""
+    scheduler = Scheduler(path, name, "v_prediction", spacing)
+    scheduler.set_timesteps(9)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    ours = loop(scheduler, x, noise_of(7)[0])
+    grid = make_grid(path, spacing, 9)
+    run = Run.begin(SAMPLERS[name], x, grid, noise_of(7)[1], Plain(Cond()), "v_prediction")
+    (theirs,) = drive([run], net)
+    apart = (ours - theirs).abs().max().item()
+    print(f"{name}: largest difference {apart}")
+    assert torch.isfinite(ours).all()
+    assert apart == 0
+
+
+def test_named_facade_equals_driver_with_its_plan() -> None:
+    """A named facade's plan, driven, gives its loop's result: bit for bit where samples are x, and to float32
+    rounding where they are x / alpha."""
+    noise = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    for name in sorted(Scheduler.makers()):
+        scheduler = Scheduler.makers()[name]()
+        options = {"clip_sample": False} if "clip_sample" in scheduler.option_names() else {}
+        scheduler = type(scheduler).from_config(scheduler.config, **options)
+        scheduler.set_timesteps(8)
+        ours = loop(scheduler, noise * scheduler.init_noise_sigma, noise_of(7)[0])
+        plan = scheduler.plan(8)
+        x = noise * plan.init_scale
+        run = Run.begin(plan.sampler, x, plan.grid, noise_of(7)[1], Plain(Cond()), scheduler.prediction)
+        (theirs,) = drive([run], net)
+        scale = theirs.abs().max().item()
+        apart = (ours - theirs).abs().max().item() / scale
+        print(f"{name}: largest difference {apart:.1e} of the range")
+        straight = scheduler.scale(plan.grid[0]) != 1
+        assert apart < 2e-5 if straight else apart == 0
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_step_honours_the_sample_it_is_handed(name: str) -> None:
+    """Pasting known pixels over the sample between steps changes what follows, as in a driver's callback."""
+    scheduler = Scheduler(VP, name, "v_prediction")
+    scheduler.set_timesteps(6)
+    x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    generator, _ = noise_of(7)
+    y = x
+    for i, t in enumerate(scheduler.timesteps):
+        y = scheduler.step(net(y, t), t, y, generator=generator).prev_sample
+        if i == 2:
+            y = y.clone()
+            y[:, :, :2] = 0.5
+
+    def paste(run: Run) -> None:
+        if run.done == 3:
+            run.x = run.x.clone()
+            run.x[:, :, :2] = 0.5
+
+    grid = make_grid(VP, "trailing", 6)
+    run = Run.begin(SAMPLERS[name], x, grid, noise_of(7)[1], Plain(Cond()), "v_prediction")
+    (theirs,) = drive([run], net, paste)
+    plain = loop(scheduler, x, noise_of(7)[0])
+    print(f"{name}: driver {(y - theirs).abs().max().item()}, unedited {(y - plain).abs().max().item():.3f}")
+    assert torch.equal(y, theirs)
+    assert (y - plain).abs().max() > 1e-3
+
+
+def test_starting_in_the_middle_continues_the_grid() -> None:
+    """Entering at a later timestep equals driving the rest of the grid, also where timesteps repeat."""
+    x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    for scheduler in (
+        DDIMScheduler(clip_sample=False),
+        HeunDiscreteScheduler(),
+        PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+        EulerDiscreteScheduler(),
+    ):
+        scheduler.set_timesteps(10)
+        plan = scheduler.plan(10)
+        start = 6 if isinstance(scheduler, PNDMScheduler) else 5  # PLMS lists its second time twice
+        y = loop(scheduler, x / scheduler.scale(plan.grid[5]), noise_of(0)[0], start)
+        rest = (plan.midway or plan.sampler, x, plan.grid[5:])
+        (theirs,) = drive([Run.begin(*rest, noise_of(0)[1], Plain(Cond()), "epsilon")], net)
+        apart = (y - theirs).abs().max().item() / theirs.abs().max().item()
+        print(f"{type(scheduler).__name__}: {apart:.1e}")
+        assert apart < 1e-5
+
+
+def test_repeating_a_run_needs_no_new_set_timesteps() -> None:
+    """After the last step the next call begins anew."""
+    for name in ("heun", "plms", "dpmpp_2m"):
+        scheduler = Scheduler(VP, name, "v_prediction")
+        scheduler.set_timesteps(5)
+        x = torch.ones(1, 3, 4, 4)
+        assert torch.equal(loop(scheduler, x, noise_of(0)[0]), loop(scheduler, x, noise_of(0)[0]))
+
+
+def test_steps_out_of_turn_begin_anew() -> None:
+    """One-step samplers can be called at any of the timesteps; others than these are refused."""
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(10)
+    x = torch.ones(1, 3, 4, 4)
+    first = scheduler.step(net(x, 500), 500, x).prev_sample
+    scheduler.step(net(x, 900), 900, x)
+    assert torch.equal(scheduler.step(net(x, 500), 500, x).prev_sample, first)
+    with pytest.raises(ValueError, match="timestep 501"):
+        scheduler.step(x, 501, x)
+
+
+def test_eta_and_noise_arguments() -> None:
+    """eta and variance_noise work on DDIM, one generator an image makes images independent, others refuse eta."""
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(10)
+    x = torch.ones(2, 3, 4, 4)
+    quiet = scheduler.step(x, 500, x).prev_sample
+    noisy = scheduler.step(x, 500, x, eta=1.0, variance_noise=torch.zeros_like(x)).prev_sample
+    assert (quiet - noisy).abs().max() > 1e-4  # the deterministic part goes lower, no noise is added
+    both = [torch.Generator().manual_seed(s) for s in (1, 2)]
+    pair = scheduler.step(x, 500, x, eta=1.0, generator=both).prev_sample
+    second = torch.Generator().manual_seed(2)
+    alone = scheduler.step(x[1:], 500, x[1:], eta=1.0, generator=second).prev_sample
+    assert torch.equal(pair[1:], alone)
+    euler = EulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="eta is an option of DDIM"):
+        euler.step(x, euler.timesteps[0], x, eta=0.5)
+
+
+def test_protocol_surface() -> None:
+    """Attributes that notebooks read, and both shapes of step's answer."""
+    scheduler = HeunDiscreteScheduler(steps_offset=1)
+    scheduler.set_timesteps(10, device="cpu")
+    assert scheduler.order == 2 and len(scheduler.timesteps) == 19 and len(scheduler.sigmas) == 20
+    assert scheduler.num_inference_steps == 10 and len(scheduler) == scheduler.num_train_timesteps == 1000
+    assert scheduler.timesteps.dtype == torch.float32 and DDPMScheduler().timesteps.dtype == torch.int64
+    assert scheduler.alphas_cumprod.shape == (1000,)
+    assert scheduler.init_noise_sigma == pytest.approx(scheduler.sigmas.max().item())
+    x = torch.ones(1, 3, 4, 4)
+    t = scheduler.timesteps[0]
+    named = scheduler.step(x, t, x)
+    pair = scheduler.step(x, t, x, return_dict=False)
+    assert torch.equal(named.prev_sample, pair[0]) and torch.equal(named[1], pair[1])
+    assert named.pred_original_sample.shape == x.shape
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with pytest.raises(AttributeError, match="alphas_cumprod"):
+        _ = flow.alphas_cumprod
+    half = x.half()
+    assert scheduler.step(half, t, half).prev_sample.dtype == torch.float16
+
+
+def test_wrong_numbers_of_steps_are_refused() -> None:
+    """With the range."""
+    for scheduler in (DDIMScheduler(), EulerDiscreteScheduler(), Scheduler(VP)):
+        for steps in (0, 1001):
+            with pytest.raises(ValueError, match="between 1 and 1000"):
+                scheduler.set_timesteps(steps)
