@@ -76,6 +76,12 @@ def tiny_components(seed: int = 0) -> Components:
     )
 
 
+@pytest.fixture
+def tiny_parts() -> Components:
+    """What `tiny_folder` holds, not yet saved."""
+    return tiny_components()
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete model folder with tiny random parts; do not write into it."""

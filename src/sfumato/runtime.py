@@ -37,12 +37,12 @@ def choose(device: str | None = None, precision: str | None = None) -> Runtime:
     place = _device(device)
     if precision is not None:
         dtype = _dtype(precision)
-        return Runtime(place, dtype, dtype != torch.float32, f"{place} in {dtype_name(dtype)}, as asked")
+        return Runtime(place, dtype, True, f"{place} in {dtype_name(dtype)}, as asked, channels last")
     if place.type == "cuda":
         return Runtime(place, torch.float16, True, f"{torch.cuda.get_device_name(place)} in float16, channels last")
     if place.type == "cpu" and cpu_has_bfloat16():
         return Runtime(place, torch.bfloat16, True, "CPU with bfloat16 units: bfloat16, channels last")
-    return Runtime(place, torch.float32, False, f"{place.type.upper()} without bfloat16 units: float32")
+    return Runtime(place, torch.float32, True, f"{place.type.upper()} without bfloat16 units: float32, channels last")
 
 
 def cpu_has_bfloat16() -> bool:

@@ -19,6 +19,7 @@ from sfumato.cli import data, evaluate, info, train
 PICTURE = "txt2img"
 COMMANDS = (PICTURE, "samplers", "spacings", "data", "train", "eval")
 GROUP_OPTIONS = ("--help", "-h", "--version")
+INTERRUPTED = 130
 TRACEBACK = "SFUMATO_TRACEBACK"  # set it to see where an error came from
 # The base of all complaints about arguments; typer exports only this descendant of it.
 ClickError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # The flags of txt2img are generated from Request, which takes pydantic: only when it is called.
         app = make_app(full=args[:1] == [PICTURE])
-        return int(app(args, prog_name="sfumato", standalone_mode=False) or 0)
+        code = int(app(args or ["--help"], prog_name="sfumato", standalone_mode=False) or 0)
     except ClickError as error:
         return complain(str(getattr(error, "format_message", error.__str__)()) or "see `sfumato --help`")
     except (ValueError, OSError, RuntimeError) as error:
@@ -38,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return complain(str(error))
     except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         print("interrupted", file=sys.stderr)
-        return 130
+    return code
 
 
 def with_command(args: list[str]) -> list[str]:
@@ -57,14 +60,13 @@ def with_command(args: list[str]) -> list[str]:
 def make_app(full: bool = True) -> typer.Typer:
     """The typer application; without `full` the command txt2img has a name and a help text but no flags."""
     app = typer.Typer(
-        no_args_is_help=True,
         add_completion=False,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
         help='Pictures out of noise. `sfumato "a red apple"` is short for `sfumato txt2img "a red apple"`.',
     )
-    app.callback()(options)
+    app.callback(invoke_without_command=True)(options)
     if full:
         from sfumato.cli import txt2img
 

@@ -58,6 +58,10 @@ def run(
     device: Annotated[
         str | None, typer.Option("--device", help="cpu, cuda, cuda:1 (default: the best there is).")
     ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", min=1, help="Pictures advanced together: faster, equal but for rounding."),
+    ] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only paths and errors.")] = False,
 ) -> None:
@@ -78,7 +82,7 @@ def run(
         import torch
 
         torch.set_num_threads(threads)
-    pipe = load(request.model, precision, device)
+    pipe = load(request.model, precision, device, batch)
     singles = pipe.resolve(request)
     if not quiet:
         print(describe(pipe, singles[0]), file=sys.stderr)
@@ -174,8 +178,9 @@ def _parameter(name: str) -> inspect.Parameter:
     kind: Any = next((a for a in get_args(field.annotation) if a is not type(None)), field.annotation)
     flags = next((extra.names for extra in field.metadata if isinstance(extra, Flag)), ())
     names = (*flags, f"--{name.replace('_', '-')}")
-    role: Any = typer.Option(*names, help=field.description)
+    # Text is handed on as it is: Request alone says what is a number, and words the errors.
+    role: Any = typer.Option(*names, help=field.description, metavar=kind.__name__.upper())
     if name == "prompt":
         role = typer.Argument(help=field.description)
-    annotation = Annotated[kind | None, role]
+    annotation = Annotated[str | None, role]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -72,14 +72,18 @@ class Pipeline:
     parts:   the components, e.g. from `load_folder`.
     runtime: where they run; they are expected to be there already.
     model:   what requests call this model: a built-in name or the folder.
-    rows:    most rows in one network call; guidance takes two a picture.
+    batch:   most pictures advanced together in shared network calls. By default one on a CPU, where a picture is
+             then the same to the last bit alone and among others (rounding in PyTorch's matrix products depends on
+             the number of rows), and 8 elsewhere.
 
     The five parts are attributes and may be replaced; a new `scheduler` brings its sampler and spacing along.
     """
 
-    def __init__(self, parts: Components, runtime: Runtime | None = None, model: str = "mini", rows: int = 32) -> None:
-        if rows < 2:
-            raise ValueError(f"rows = {rows}; a picture with guidance takes 2, give 2 or more")
+    def __init__(
+        self, parts: Components, runtime: Runtime | None = None, model: str = "mini", batch: int | None = None
+    ) -> None:
+        if batch is not None and batch < 1:
+            raise ValueError(f"batch = {batch}; give 1 or more pictures")
         self.unet: UNet = parts.unet
         self.vae: AutoencoderKL = parts.vae
         self.text_encoder: CLIPTextModel = parts.text_encoder
@@ -87,20 +91,26 @@ class Pipeline:
         self._scheduler = parts.scheduler
         self.runtime = runtime or choose("cpu", "float32")
         self.model = model
-        self.rows = rows
+        self.batch = batch
         config = self.unet.config
         side = config.sample_size if isinstance(config.sample_size, int) else (config.sample_size or (64,))[0]
         self.preset: Preset = detect(config.cross_attention_dim, side * self.factor, self._scheduler.spacing)
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, precision: str | None = None, device: str | None = None) -> Pipeline:
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        precision: str | None = None,
+        device: str | None = None,
+        batch: int | None = None,
+    ) -> Pipeline:
         """Open a model folder, or a built-in model by name, on the best device in the best precision.
 
         Raises FileNotFoundError or ValueError when the folder is not a complete model, see `load_folder`.
         """
         runtime = choose(device, precision)
         parts = load_folder(model_folder(folder), runtime.dtype, runtime.device)
-        return cls(parts, runtime, model=str(folder)).to()
+        return cls(parts, runtime, model=str(folder), batch=batch).to()
 
     def save_pretrained(self, folder: Path | str, precision: str | None = None) -> None:
         """Write a model folder, which diffusers opens as well; `precision` converts the weights."""
@@ -234,19 +244,15 @@ class Pipeline:
         return torch.cat([self.vae.to_pixels(row[None]).float() for row in z])
 
     def net(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The U-Net in the runtime's dtype, `rows` rows at a time: (B, C, h, w) to the same, float32."""
-        parts = []
-        for i in range(0, len(x), self.rows):
-            some = slice(i, i + self.rows)
-            parts.append(self.unet(x[some].to(self.runtime.dtype), t[some], cond[some]).float())
-        return torch.cat(parts)
+        """The U-Net in the runtime's dtype: (B, C, h, w) to the same, float32."""
+        return self.unet(x.to(self.runtime.dtype), t, cond).float()
 
     def _latents(
         self, singles: Sequence[Request], noise: Tensor | None, callback: Callback | None
     ) -> Iterator[tuple[Request, Tensor]]:
         """Each picture's request and final latent (1, C, h, w), group by group."""
         states = self._text_states(singles)
-        group = self.rows // 2
+        group = self.batch or (1 if self.runtime.device.type == "cpu" else 8)
         for first in range(0, len(singles), group):
             some = singles[first : first + group]
             runs = [
@@ -316,12 +322,18 @@ class Pipeline:
 StableDiffusionPipeline = Pipeline
 
 
-def load(model: str | Path = "mini", precision: str | None = None, device: str | None = None) -> Pipeline:
+def load(
+    model: str | Path = "mini",
+    precision: str | None = None,
+    device: str | None = None,
+    batch: int | None = None,
+) -> Pipeline:
     """Open a model: the built-in one, or a folder.
 
     precision: float32, bfloat16 or float16; device: cpu, cuda...; None chooses for this machine.
+    batch:     most pictures advanced together, see `Pipeline`.
     """
-    return Pipeline.from_pretrained(model, precision, device)
+    return Pipeline.from_pretrained(model, precision, device, batch)
 
 
 def _reporter(runs: Sequence[Run], first: int, callback: Callback) -> Callable[[Run], bool | None]:

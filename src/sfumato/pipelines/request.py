@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sfumato.presets import Preset
 
@@ -94,6 +94,12 @@ class Request(BaseModel):
 
             get_spacing(name)
         return name
+
+    @model_validator(mode="after")
+    def _seeds_in_range(self) -> Request:
+        if self.seed is not None and self.seed + self.num_images - 1 > MAX_SEED:
+            raise ValueError(f"seed = {self.seed} with {self.num_images} pictures passes the largest seed, {MAX_SEED}")
+        return self
 
     def resolved(self, preset: Preset) -> Request:
         """The same wish with the model's preferences filled in and, when no seed was given, a random one."""

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sfumato.cli import main
+from sfumato.cli.app import make_app, with_command
+from sfumato.diffusion.grid import SPACINGS
+from sfumato.diffusion.samplers import SAMPLERS
+from sfumato.images import read_recipe
+from sfumato.pipelines.request import Request
+
+PROMPT = "a red apple on a blue background"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def sfumato(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, list[str], str]:
+    """Exit code, lines of stdout, stderr."""
+    code = main([str(a) for a in args])
+    out, err = capsys.readouterr()
+    return code, out.splitlines(), err
+
+
+def pixels(path: str | Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+def test_a_bare_prompt_makes_numbered_pictures(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("outputs/00000.png", "outputs/00001.png"):
+        code, out, err = sfumato(capsys, PROMPT, "--model", tiny_folder, "--steps", 2)
+        assert (code, out) == (0, [name]), err
+        assert "2 steps of dpmpp_2m" in err and "float32" in err
+        assert read_recipe(name).prompt == PROMPT
+
+
+def test_pictures_grid_and_replay(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--steps", 3, "--guidance-scale", 5, "--seed", 40, "--sampler", "euler_a", "--spacing", "karras")
+    code, out, err = sfumato(capsys, "txt2img", PROMPT, *flags, "-n", 3, "--grid", "-o", "frogs.png", "-m", tiny_folder)
+    assert (code, out) == (0, ["frogs-0.png", "frogs-1.png", "frogs-2.png", "frogs.png"]), err
+    with Image.open("frogs.png") as sheet:
+        assert sheet.size == (68, 68)
+    made = read_recipe("frogs-1.png")
+    assert (made.seed, made.num_images, made.spacing, made.eta) == (41, 1, "karras", None)
+    assert read_recipe("frogs.png").num_images == 3
+
+    code, out, _ = sfumato(capsys, "--recipe", "frogs-1.png", "-q")
+    assert (code, out) == (0, ["outputs/00000.png"])
+    assert pixels("frogs-1.png") == pixels("outputs/00000.png")
+    assert read_recipe("outputs/00000.png") == made
+    sfumato(capsys, "--recipe", "frogs-1.png", "--seed", 42, "-o", "changed.png")
+    assert pixels("frogs-2.png") == pixels("changed.png")
+
+
+def test_a_folder_may_be_named(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = sfumato(capsys, PROMPT, "-m", tiny_folder, "--steps", 1, "-n", 2, "--grid", "-o", "some/where/")
+    names = [str(Path("some/where") / name) for name in ("00000.png", "00001.png", "00000-grid.png")]
+    assert (code, out) == (0, names), err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--sampler", "dpm2m"], "unknown sampler 'dpm2m'; did you mean 'dpmpp_2m'"),
+        (["--spacing", "karas"], "unknown spacing 'karas'; did you mean 'karras'? known: "),
+        (["--width", "35"], "width = 35 is not a multiple of 4; the nearest that is: 36"),
+        (["--steps", "0"], "num_inference_steps = '0': input should be greater than or equal to 1"),
+        (["--steps", "many"], "num_inference_steps = 'many': input should be a valid integer"),
+        (["--eta", "0.5"], "sampler 'dpmpp_2m' takes no eta; these do: ddim"),
+        (["--model", "nowhere"], "no model folder 'nowhere'"),
+        (["--model", "."], "not a model folder"),
+        (["-o", "a.docx"], "unknown picture suffix '.docx'; use one of .png"),
+        (["-o", "/dev/null/a.png"], "/dev/null"),
+        (["--precision", "int8"], "unknown precision 'int8'; known: float32"),
+        (["--recipe", "gone.png"], "no picture gone.png"),
+        (["--stepz", "3"], "--stepz"),
+        (["another prompt"], "another prompt"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_picture(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    model = [] if "--model" in args else ["--model", str(tiny_folder)]
+    code, out, err = sfumato(capsys, PROMPT, *model, *args)
+    assert (code, out) == (2, []), err
+    assert message in err and err.startswith("sfumato: ") and err.count("\n") == 1, err
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["txt2img"], "no prompt"),
+        (["txt2img", "  "], "the prompt is blank"),
+        (["sampler"], "sampler"),
+        (["train"], "RECIPE"),
+        (["train", "gone.yaml"], "no recipe gone.yaml"),
+    ],
+)
+def test_incomplete_commands(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
+    code, out, err = sfumato(capsys, *args)
+    assert (code, out) == (2, []) and message.lower() in err.lower() and err.count("\n") == 1, err
+
+
+def test_an_interruption_leaves_finished_pictures_only(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sfumato.pipelines.pipeline import Pipeline
+
+    decode, calls = Pipeline.decode, []
+
+    def interrupted(self: Pipeline, z: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decode(self, z)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Pipeline, "decode", interrupted)
+    code, out, err = sfumato(capsys, PROMPT, "-m", tiny_folder, "--steps", 1, "-n", 3, "-q")
+    assert (code, out, err) == (130, ["outputs/00000.png"], "interrupted\n")
+    assert [p.name for p in Path("outputs").iterdir()] == ["00000.png"]
+
+
+def test_what_a_first_word_means() -> None:
+    assert with_command(["a cat"]) == ["txt2img", "a cat"]
+    assert with_command(["cat", "--steps", "3"]) == ["txt2img", "cat", "--steps", "3"]
+    assert with_command(["--steps", "3", "cat"]) == ["txt2img", "--steps", "3", "cat"]
+    for args in ([], ["--help"], ["--version"], ["train", "x"], ["txt2img", "a cat"], ["trian", "x"]):
+        assert with_command(args) == args
+
+
+def test_every_field_of_request_is_a_flag() -> None:
+    text = CliRunner().invoke(make_app(), ["txt2img", "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"}).output
+    for name in set(Request.model_fields) - {"prompt"}:
+        assert f"--{name.replace('_', '-')}" in text, name
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, table in (("samplers", SAMPLERS), ("spacings", SPACINGS)):
+        code, out, _ = sfumato(capsys, command)
+        assert code == 0 and [line.split()[0] for line in out] == list(table)
+        assert all(len(line.split()) > 3 for line in out)
+
+
+def test_help_and_version_do_not_import_torch() -> None:
+    code = (
+        "import sys; from sfumato.cli import main; main(sys.argv[1:]); "
+        "sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    )
+    for args, expected in (
+        ([], "txt2img"),
+        (["--help"], "txt2img"),
+        (["--version"], "0.1"),
+        (["data", "icons", "--help"], "--out"),
+    ):
+        command = [sys.executable, "-c", code, *args]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "100"}
+        )
+        assert done.returncode == 0 and expected in done.stdout, f"{args}: {done.stderr}"
