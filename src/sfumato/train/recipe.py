@@ -1,0 +1,170 @@
+"""A recipe: one YAML file from icons to a model folder, carried out stage by stage.
+
+    text -> autoencoder -> cache of latents and text states -> U-Net -> model folder
+
+Each stage leaves its result in the run's folder. A run that is started again skips what is finished and resumes
+what is not, down to the optimiser's state, so a long training may be stopped at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from torch import nn
+
+from sfumato.data.icons import IconSet
+from sfumato.data.scenes import Composer
+from sfumato.diffusion.path import VPPath
+from sfumato.diffusion.scheduler import Scheduler
+from sfumato.files import read_json, write_json
+from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
+from sfumato.models.unet import UNet, UNetConfig
+from sfumato.text.encode import encode_prompts
+from sfumato.text.tokenizer import ClipTokenizer
+from sfumato.train.cache import LatentCache, build_cache
+from sfumato.train.distill import DistillConfig, distill
+from sfumato.train.latent import DenoiserLoss, train_latent
+from sfumato.train.loop import LoopConfig, Progress
+from sfumato.train.vae import VAELoss, train_vae
+from sfumato.weights.folder import Components, save_folder
+from sfumato.weights.safe import load_module, write_tensors
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Part(BaseModel):
+    """A section of a recipe; names that it does not know are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Scenes(Part):
+    """How scenes are drawn: layout -> share, and the share of scenes in a named style."""
+
+    layouts: dict[str, float] = {"single": 0.72, "corner": 0.06, "beside": 0.1, "above": 0.05, "copies": 0.07}
+    styled: float = 0.6
+
+
+class VAEPart(Part):
+    """The autoencoder: `vae/config.json`, optimisation, loss, crop sides by step, and the scenes it learns from."""
+
+    config: dict[str, Any]
+    loop: LoopConfig
+    loss: VAELoss = VAELoss()
+    crop: dict[int, int] = {0: 32}
+    pool: int = 3000
+    scenes: Scenes = Scenes()
+
+
+class CachePart(Part):
+    """How many scenes the denoiser sees: shards of per_shard each."""
+
+    shards: int
+    per_shard: int = 4000
+    scenes: Scenes = Scenes()
+
+
+class UNetPart(Part):
+    """The denoiser: `unet/config.json`, optimisation and objective."""
+
+    config: dict[str, Any]
+    loop: LoopConfig
+    loss: DenoiserLoss = DenoiserLoss()
+
+
+class Recipe(Part):
+    """A whole training: the run's folder, the icon set's, and one section a stage."""
+
+    out: Path
+    icons: Path
+    text: dict[str, Any]
+    vae: VAEPart
+    cache: CachePart
+    unet: UNetPart
+    scheduler: dict[str, Any]
+
+
+def read_recipe(path: Path | str) -> Recipe:
+    """Parse a recipe; ValueError naming the first entry that is wrong."""
+    try:
+        return TypeAdapter(Recipe).validate_python(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise ValueError(f"{path}: {place}: {first['msg']} (got {first['input']!r})") from None
+
+
+def run(path: Path | str, out: Path | str | None = None, progress: Progress | None = None) -> Path:
+    """Carry out the recipe at `path` and return the model folder.
+
+    out: the run's folder instead of the recipe's. progress(stage, step, steps, numbers) is called as it goes.
+    Raises ValueError for a bad recipe, FileNotFoundError when the icon set is missing.
+    """
+    recipe = read_recipe(path)
+    folder = Path(out) if out else recipe.out
+    icons = IconSet(recipe.icons)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    text = folder / "text"
+    if not (text / "text_encoder" / "model.safetensors").exists():
+        report = (lambda step, steps, numbers: progress("text", step, steps, dict(numbers))) if progress else None
+        distill(DistillConfig.from_dict(recipe.text), text, report)
+    tokenizer = ClipTokenizer.from_folder(text / "tokenizer")
+    tower = open_part(text / "text_encoder", CLIPTextConfig.from_dict, CLIPTextModel).to(device)
+
+    vae_folder = folder / "vae"
+    if not (vae_folder / "model.safetensors").exists():
+        part = recipe.vae
+        named = {code: next(iter(styles.values())).label for code, styles in icons.by_code().items() if len(styles) > 2}
+        composer = Composer(icons, named, weights=part.scenes.layouts, styled=part.scenes.styled)
+        config = AutoencoderConfig.from_dict(part.config)
+        trained = train_vae(config, composer, part.loop, vae_folder, part.loss, part.crop, part.pool, progress)
+        keep_part(vae_folder, trained)
+    vae = open_part(vae_folder, AutoencoderConfig.from_dict, AutoencoderKL)
+    vae = vae.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    scenes = recipe.cache.scenes
+    composer = Composer(icons, weights=scenes.layouts, styled=scenes.styled)
+    size = recipe.cache
+    shards = build_cache(
+        folder / "cache", composer, vae, tower, tokenizer, size.shards, size.per_shard, progress=progress
+    )
+
+    scheduler = Scheduler.from_config(recipe.scheduler)
+    unet_folder = folder / "unet"
+    if not (unet_folder / "model.safetensors").exists():
+        if not isinstance(scheduler.path, VPPath):
+            name = recipe.scheduler.get("_class_name")
+            raise ValueError(f"{path}: scheduler: {name} has no betas; use one that has, such as DDIMScheduler")
+        empty = encode_prompts(tokenizer, tower, [""]).context
+        assert empty is not None
+        unet = train_latent(
+            UNetConfig.from_dict(recipe.unet.config), LatentCache(shards), empty, scheduler.path, recipe.unet.loop,
+            unet_folder, recipe.unet.loss, progress, device=device,
+        )  # fmt: skip
+        keep_part(unet_folder, unet)
+    unet = open_part(unet_folder, UNetConfig.from_dict, UNet)
+
+    parts = Components(unet, vae.cpu(), tower.cpu(), tokenizer, scheduler)
+    save_folder(parts, folder / "model", torch.float16)
+    return folder / "model"
+
+
+def keep_part(folder: Path, module: Any) -> None:
+    """Write a finished network beside its training state: config.json, then model.safetensors in float32."""
+    write_json(folder / "config.json", module.config.to_dict())
+    write_tensors(folder / "model.safetensors", module.state_dict(), torch.float32)
+
+
+def open_part(folder: Path, parse: Callable[[dict[str, Any]], Any], build: Callable[[Any], Module]) -> Module:
+    """Read a network that `keep_part` wrote."""
+    config = parse(read_json(folder / "config.json"))
+    return load_module(lambda: build(config), folder / "model.safetensors")
