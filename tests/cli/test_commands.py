@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from sfumato.cli import main
 from sfumato.cli.app import make_app, with_command
+from sfumato.cli.line import Line
 from sfumato.diffusion.grid import SPACINGS
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.images import read_recipe
@@ -168,3 +169,18 @@ def test_help_and_version_do_not_import_torch() -> None:
             command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "100"}
         )
         assert done.returncode == 0 and expected in done.stdout, f"{args}: {done.stderr}"
+
+
+def test_progress_lines_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    line = Line(every=1000)
+    for done in range(1, 4):
+        line.show("unet", done, 3, {"loss": 0.12345678})
+    assert capsys.readouterr().err == "unet 1/3 loss=0.1235\nunet 3/3 loss=0.1235\n"
+
+
+@pytest.mark.parametrize(
+    "args", [["train", "--help"], ["eval", "mini", "--help"], ["data", "--help"], ["eval", "--help"]]
+)
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str], args: list[str]) -> None:
+    code, out, err = sfumato(capsys, *args)
+    assert code == 0 and "Usage" in "".join(out) and err == ""

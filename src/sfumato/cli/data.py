@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +20,8 @@ def icons(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures and their index.")],
 ) -> None:
     """Render the icon data set (about 9,600 pictures of 128x128 in 9 styles) from open icon packages."""
+    from sfumato.cli.line import Line
     from sfumato.data import icons as builder
 
-    def progress(done: int, total: int, style: str) -> None:
-        print(f"[{done}/{total}] {style}", file=sys.stderr)
-
-    print(builder.build(out, progress=progress))
+    line = Line(every=0)
+    print(builder.build(out, progress=lambda done, total, style: line.show(f"styles {style}", done, total)))

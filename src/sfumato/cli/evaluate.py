@@ -17,9 +17,23 @@ def group() -> None:
 
 @app.command()
 def mini(
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the table to this file.")] = None,
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="Model folder (default: the built-in).")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the report and all pictures.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, max=500, help="How many of the 500 prompts.")] = None,
+    icons: Annotated[
+        Path | None, typer.Option(help="Folder of the icon data set, for the ceiling and the autoencoder.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps a picture.")] = 20,
+    grid: Annotated[Path | None, typer.Option(help="File for a labelled sheet of 64 pictures.")] = None,
 ) -> None:
-    """Measure the built-in model on its fixed lists of prompts."""
+    """Draw the fixed prompts and measure concepts, colours, places and counts; prints a table."""
+    from rich.console import Console
+
+    from sfumato.cli.line import Line
     from sfumato.evaluate import mini as measure
 
-    measure.run(out)
+    line = Line()
+    report = measure.run(
+        model, out, prompts, lambda done, total: line.show("pictures", done, total), icons, steps, grid
+    )
+    Console().print(report.table())

@@ -12,9 +12,10 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run (default: the recipe's).")] = None,
 ) -> None:
-    """Train a model; a run that was interrupted continues where it stopped."""
+    """Train a model and print its folder; a run that was interrupted continues where it stopped."""
     if not recipe.is_file():
         raise FileNotFoundError(f"no recipe {recipe}")
     from sfumato import train as training
+    from sfumato.cli.line import Line
 
-    training.run(recipe, out)
+    print(training.run(recipe, out, Line().show))
