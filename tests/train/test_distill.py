@@ -183,7 +183,7 @@ def test_corpus() -> None:
     assert {"dog face", "puppy", "the", "pony"} <= set(corpus.texts)
     assert len(set(corpus.texts)) == len(corpus.texts)
     weights = dict(corpus.words)
-    assert weights["pony"] > weights["the"] > weights["dog"] > weights["puppy"] > 1
+    assert weights["pony"] > weights["dog"] >= weights["the"] > weights["puppy"] > 1
     assert not any(text.startswith(("a orange", "a apple")) for text in corpus.texts)
     assert corpus == build_corpus(["dog face"], ["puppy"], ["the", "pony"], ["pony"], 5, 5, 20, seed=0)
     assert [plural(w) for w in ("dog", "box", "cherry", "key", "hot dog")] == [
@@ -198,6 +198,6 @@ def test_corpus() -> None:
 
 
 def test_the_recipe_of_the_built_in_tower_is_readable() -> None:
-    path = Path(__file__).parents[2] / "recipes/mini-text.yaml"
+    path = Path(__file__).parents[2] / "recipes/mini.yaml"
     config = DistillConfig.from_dict(yaml.safe_load(path.read_text())["text"])
     assert (config.hidden_size, config.max_length) == (256, 32)

@@ -55,7 +55,7 @@ class DistillConfig:
     pairs: int = 6_000  # captions of two things
     common_words: int = 16_000  # how many of the teacher's words are taught, the most common first
     near_words: int = 4_000  # how many of these count as near an emoji label
-    steps: int = 1_500
+    steps: int = 1_000
     batch: int = 128
     learning_rate: float = 1e-3
     warmup: int = 100

@@ -148,10 +148,11 @@ def plural(noun: str) -> str:
 
 def _weights(labels: Sequence[str], tags: Sequence[str], common: Sequence[str], near: Sequence[str]) -> dict[str, int]:
     # Zipf's law stands in for counts; what pictures show and what captions consist of is lifted above it.
-    weights = {word: max(2, 100_000 // (rank + 400)) for rank, word in enumerate(common)}
+    weights = {word: max(2, 60_000 // (rank + 400)) for rank, word in enumerate(common)}
     for rank, word in enumerate(near):
-        weights[word] += 140 - 120 * rank // len(near)
-    for names, lift in ((labels, 150), (tags, 100)):
+        weights[word] += 100 - 80 * rank // len(near)
+    plurals = [plural(label.split()[-1]) for label in labels if label.replace(" ", "").isalpha()]
+    for names, lift in ((labels, 150), (plurals, 120), (tags, 120)):
         for word in (word for name in names for word in re.findall(r"[a-z]+", name)):
             weights[word] = weights.get(word, 0) + lift
     for text in (
