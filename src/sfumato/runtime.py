@@ -25,13 +25,13 @@ class Runtime:
     @property
     def precision(self) -> str:
         """The dtype's name as `--precision` takes it."""
-        return str(self.dtype).removeprefix("torch.")
+        return dtype_name(self.dtype)
 
 
 def choose(device: str | None = None, precision: str | None = None) -> Runtime:
     """The runtime for this machine, or for the named device and precision.
 
-    CUDA runs in float16, CPUs with bfloat16 units in bfloat16 and channels-last, everything else in float32.
+    CUDA runs in float16, CPUs with bfloat16 units in bfloat16, everything else in float32; all channels-last.
     Raises ValueError for an unknown precision or a device that this PyTorch cannot use.
     """
     place = _device(device)
@@ -43,6 +43,12 @@ def choose(device: str | None = None, precision: str | None = None) -> Runtime:
     if place.type == "cpu" and cpu_has_bfloat16():
         return Runtime(place, torch.bfloat16, True, "CPU with bfloat16 units: bfloat16, channels last")
     return Runtime(place, torch.float32, True, f"{place.type.upper()} without bfloat16 units: float32, channels last")
+
+
+def as_it_is(weight: torch.Tensor) -> Runtime:
+    """The runtime of a network that is ready to run, read off one of its weights."""
+    name = dtype_name(weight.dtype)
+    return Runtime(weight.device, weight.dtype, False, f"{weight.device} in {name}, as it came")
 
 
 def cpu_has_bfloat16() -> bool:

@@ -12,7 +12,7 @@ from sfumato.diffusion.named import EulerDiscreteScheduler
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.pipelines.pipeline import Pipeline, Progress
 from sfumato.pipelines.request import Request, parse
-from sfumato.runtime import choose
+from sfumato.runtime import as_it_is, choose
 from sfumato.weights.folder import Components, load_folder
 
 PROMPT = "a red apple on a blue background"
@@ -157,6 +157,7 @@ def test_public_names(tiny_folder: Path) -> None:
 def test_runtime_choices() -> None:
     assert choose("cpu", "fp16").dtype == torch.float16
     assert choose("cpu").reason
+    assert as_it_is(torch.zeros(1, dtype=torch.float64)).precision == "float64"
     with pytest.raises(ValueError, match="unknown precision 'int8'; known: float32"):
         choose("cpu", "int8")
     with pytest.raises(ValueError, match="unknown device 'gpu'"):

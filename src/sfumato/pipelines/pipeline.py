@@ -28,7 +28,7 @@ from sfumato.models.unet import UNet
 from sfumato.pipelines.request import Request, parse
 from sfumato.pipelines.start import text_to_image
 from sfumato.presets import Preset, detect, model_folder
-from sfumato.runtime import Runtime, choose
+from sfumato.runtime import Runtime, as_it_is, choose
 from sfumato.text.encode import encode_prompts
 from sfumato.text.tokenizer import ClipTokenizer
 from sfumato.weights.folder import Components, load_folder, save_folder
@@ -70,7 +70,7 @@ class Pipeline:
     """Text to image with a U-Net, a KL autoencoder and a CLIP text tower.
 
     parts:   the components, e.g. from `load_folder`.
-    runtime: where they run; they are expected to be there already.
+    runtime: where they run, moved and converted in place; None leaves them where and as they are.
     model:   what requests call this model: a built-in name or the folder.
     batch:   most pictures advanced together in shared network calls. By default one on a CPU, where a picture is
              then the same to the last bit alone and among others (rounding in PyTorch's matrix products depends on
@@ -89,12 +89,14 @@ class Pipeline:
         self.text_encoder: CLIPTextModel = parts.text_encoder
         self.tokenizer: ClipTokenizer = parts.tokenizer
         self._scheduler = parts.scheduler
-        self.runtime = runtime or choose("cpu", "float32")
+        self.runtime = runtime or as_it_is(next(self.unet.parameters()))
         self.model = model
         self.batch = batch
         config = self.unet.config
         side = config.sample_size if isinstance(config.sample_size, int) else (config.sample_size or (64,))[0]
         self.preset: Preset = detect(config.cross_attention_dim, side * self.factor, self._scheduler.spacing)
+        if runtime is not None:
+            self.to()
 
     @classmethod
     def from_pretrained(
@@ -110,7 +112,7 @@ class Pipeline:
         """
         runtime = choose(device, precision)
         parts = load_folder(model_folder(folder), runtime.dtype, runtime.device)
-        return cls(parts, runtime, model=str(folder), batch=batch).to()
+        return cls(parts, runtime, model=str(folder), batch=batch)
 
     def save_pretrained(self, folder: Path | str, precision: str | None = None) -> None:
         """Write a model folder, which diffusers opens as well; `precision` converts the weights."""
