@@ -22,9 +22,12 @@ from sfumato.data.scenes import Composer
 from sfumato.diffusion.path import VPPath
 from sfumato.diffusion.scheduler import Scheduler
 from sfumato.files import read_json, write_json
+from sfumato.images import grid, save
 from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
 from sfumato.models.unet import UNet, UNetConfig
+from sfumato.pipelines.pipeline import Pipeline
+from sfumato.runtime import choose
 from sfumato.text.encode import encode_prompts
 from sfumato.text.tokenizer import ClipTokenizer
 from sfumato.train.cache import LatentCache, build_cache
@@ -36,6 +39,12 @@ from sfumato.weights.folder import Components, save_folder
 from sfumato.weights.safe import load_module, write_tensors
 
 Module = TypeVar("Module", bound=nn.Module)
+
+#: Drawn after each checkpoint, so that one sees the network learn.
+SAMPLE_PROMPTS = (
+    "a dog", "a red apple on a yellow background", "a cat left of a bus", "a penguin, flat style",
+    "a hamburger", "two green frogs", "a rocket on a black background", "a small fish in the top left corner",
+)  # fmt: skip
 
 
 class Part(BaseModel):
@@ -146,9 +155,16 @@ def run(path: Path | str, out: Path | str | None = None, progress: Progress | No
             raise ValueError(f"{path}: scheduler: {name} has no betas; use one that has, such as DDIMScheduler")
         empty = encode_prompts(tokenizer, tower, [""]).context
         assert empty is not None
+
+        def sheet(step: int, net: nn.Module) -> None:
+            parts = Components(net, vae, tower, tokenizer, scheduler)  # type: ignore[arg-type]
+            runtime = choose(device, "float32")
+            drawn = Pipeline(parts, runtime, batch=8)(list(SAMPLE_PROMPTS), seed=0, num_inference_steps=12).images
+            save(grid(drawn), folder / "samples" / f"{step:06d}.png")  # type: ignore[arg-type]
+
         unet = train_latent(
             UNetConfig.from_dict(recipe.unet.config), LatentCache(shards), empty, scheduler.path, recipe.unet.loop,
-            unet_folder, recipe.unet.loss, progress, device=device,
+            unet_folder, recipe.unet.loss, progress, sheet, device,
         )  # fmt: skip
         keep_part(unet_folder, unet)
     unet = open_part(unet_folder, UNetConfig.from_dict, UNet)

@@ -1,0 +1,51 @@
+# make picture PROMPT="a red apple on a blue background"   set everything up and make a picture
+# make test                                                set everything up and run every check
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+PROMPT ?= a red apple on a blue background
+ARGS   ?=
+
+PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: picture test lint unit env train-env bench clean
+
+picture: $(VENV)/.core
+	@$(VENV)/bin/sfumato "$(PROMPT)" $(ARGS)
+
+test: lint unit
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+unit: $(VENV)/.dev
+	$(VENV)/bin/pytest
+
+env: $(VENV)/.dev
+
+# What retraining the built-in model needs besides (see docs/builtin-model.md).
+train-env: $(VENV)/.train
+
+bench: $(VENV)/.dev
+	$(VENV)/bin/python benchmarks/builtin.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Each stamp is renewed when the package's requirements change.
+$(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "setting up $(VENV) (about a minute, once)..." >&2
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e ".[dev]"
+	@touch $@ $(VENV)/.core
+
+$(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e ".[train,dev]"
+	@touch $@ $(VENV)/.core $(VENV)/.dev
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
