@@ -35,6 +35,7 @@ from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
 from sfumato.text.tokenizer import WORD_END, ClipTokenizer, train_vocabulary
 from sfumato.train.phrases import EMPTY_WORDS, Corpus, build_corpus, emoji_names, whole_words
 from sfumato.train.teacher import SentenceModel, teacher_folder
+from sfumato.weights.safe import write_tensors
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 
@@ -146,7 +147,7 @@ def distill(config: DistillConfig, out: Path | str, progress: Progress | None = 
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             _checkpoint(config, out / "checkpoint.pt", model, heads, optimizer, step + 1)
     save_tower(model, tokenizer, out)
-    save_file(heads.state_dict(), out / "heads.safetensors")
+    write_tensors(out / "heads.safetensors", heads.state_dict())
     return out
 
 
@@ -342,8 +343,7 @@ def save_tower(model: CLIPTextModel, tokenizer: ClipTokenizer, out: Path) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / "tokenizer")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    tensors = {name: w.detach().float().contiguous() for name, w in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", model.state_dict(), torch.float32)
 
 
 def _optimizer(config: DistillConfig, model: CLIPTextModel, heads: Heads) -> torch.optim.AdamW:
