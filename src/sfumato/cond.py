@@ -48,4 +48,4 @@ class Cond:
         if len(signatures) > 1:
             raise ValueError(f"conditions of different shapes cannot share a batch: {sorted(map(str, signatures))}")
         columns = zip(*(c.parts for c in conds), strict=True)
-        return Cond(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+        return Cond(*(None if column[0] is None else torch.cat(column) for column in columns))

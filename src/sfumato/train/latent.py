@@ -15,6 +15,7 @@ from sfumato.diffusion.prediction import get_prediction
 from sfumato.models.layers import Downsample2D, ResnetBlock2D, Transformer2DModel, Upsample2D
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.runtime import cpu_has_bfloat16
+from sfumato.train import parallel
 from sfumato.train.cache import LatentCache
 from sfumato.train.loop import Loop, LoopConfig, Progress
 from sfumato.train.objectives import DENSITIES, WEIGHTINGS
@@ -103,8 +104,8 @@ def train_latent(
     halves = device.startswith("cuda") or cpu_has_bfloat16()
 
     def losses(step: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(loop.seed * 1_000_003 + step)
-        x0, context = cache.batch(loop.batch_size, generator)
+        generator = torch.Generator().manual_seed((loop.seed * 1_000_003 + step) * 1009 + parallel.rank())
+        x0, context = cache.batch(parallel.share(loop.batch_size), generator)
         x0 = x0.to(device, memory_format=torch.channels_last, non_blocking=True)
         context = context.to(device, non_blocking=True)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=halves):

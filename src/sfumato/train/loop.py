@@ -15,13 +15,15 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.files import replacing
+from sfumato.train import parallel
 
+Module = TypeVar("Module", bound=nn.Module)
 Losses = Callable[[int], dict[str, Tensor]]
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
@@ -31,7 +33,7 @@ class LoopConfig:
     """How a stage is optimised.
 
     steps:        optimiser steps in all.
-    batch_size:   samples a step.
+    batch_size:   samples a step, over all processes.
     lr:           the plateau of the learning rate, reached after `warmup` steps.
     cooldown:     steps at the end over which the rate falls to zero along a half cosine.
     weight_decay: AdamW's, on matrices and convolutions only.
@@ -73,7 +75,7 @@ def make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
 
 
-class Loop:
+class Loop(Generic[Module]):
     """One stage's training run; `run()` carries it to the end, from wherever the folder says it was.
 
     model:   what is trained; `averaged` is its EMA copy (the model itself without EMA).
@@ -81,7 +83,7 @@ class Loop:
     folder:  holds state.pt, log.jsonl and, where TensorBoard is installed, its event files.
     """
 
-    def __init__(self, model: nn.Module, losses: Losses, config: LoopConfig, folder: Path, name: str):
+    def __init__(self, model: Module, losses: Losses, config: LoopConfig, folder: Path, name: str):
         self.model, self.losses, self.config, self.folder, self.name = model, losses, config, folder, name
         self.optimizer = make_optimizer(model, config)
         self.averaged = deepcopy(model).requires_grad_(False).eval() if config.ema else model
@@ -104,15 +106,17 @@ class Loop:
         self.step = state["step"]
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint; of several processes, the first does."""
+        if parallel.rank():
+            return
         state = {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.config.ema:
             state["averaged"] = self.averaged.state_dict()
         atomic_save(state, self.state_file)
 
     def run(
-        self, progress: Progress | None = None, every: Callable[[int, nn.Module], None] | None = None
-    ) -> nn.Module:
+        self, progress: Progress | None = None, every: Callable[[int, Module], None] | None = None
+    ) -> Module:
         """Train to the last step and return the averaged model.
 
         progress(stage, step, steps, numbers) is called every 20 steps; every(step, averaged model) after each
@@ -132,13 +136,14 @@ class Loop:
                         means = {key: value / min(20, done) for key, value in sums.items()}
                         means["rate"] = self.config.rate(self.step)
                         means["samples_per_s"] = done * self.config.batch_size / (time.perf_counter() - since)
-                        write(self.step, means)
-                        if progress:
+                        if parallel.rank() == 0:
+                            write(self.step, means)
+                        if progress and parallel.rank() == 0:
                             progress(self.name, self.step, self.config.steps, means)
                         since, first, sums = time.perf_counter(), self.step, {}
                     if self.step % self.config.save_every == 0:
                         self.save()
-                        if every:
+                        if every and parallel.rank() == 0:
                             every(self.step, self.averaged)
                             self.model.train()
             finally:
@@ -151,7 +156,8 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         losses = self.losses(self.step)
-        losses["loss"].backward()  # type: ignore[no-untyped-call]
+        losses["loss"].backward()
+        parallel.average_gradients(self.model)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         if not torch.isfinite(norm):
             raise RuntimeError(f"{self.name}: the gradient is not finite at step {self.step}; lower lr")
@@ -175,7 +181,7 @@ def log_writer(folder: Path) -> Iterator[Callable[[int, dict[str, float]], None]
     try:
         from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        board = SummaryWriter(str(folder))
     except ImportError:
         board = None
     with (folder / "log.jsonl").open("a", buffering=1) as lines:

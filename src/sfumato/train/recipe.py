@@ -30,6 +30,7 @@ from sfumato.pipelines.pipeline import Pipeline
 from sfumato.runtime import choose
 from sfumato.text.encode import encode_prompts
 from sfumato.text.tokenizer import ClipTokenizer
+from sfumato.train import parallel
 from sfumato.train.cache import LatentCache, build_cache
 from sfumato.train.distill import DistillConfig, distill
 from sfumato.train.latent import DenoiserLoss, train_latent
@@ -115,63 +116,85 @@ def run(path: Path | str, out: Path | str | None = None, progress: Progress | No
     """Carry out the recipe at `path` and return the model folder.
 
     out: the run's folder instead of the recipe's. progress(stage, step, steps, numbers) is called as it goes.
+    Under torchrun the U-Net is trained by all processes, the rest is made by the first.
     Raises ValueError for a bad recipe, FileNotFoundError when the icon set is missing.
     """
     recipe = read_recipe(path)
     folder = Path(out) if out else recipe.out
     icons = IconSet(recipe.icons)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    with parallel.group(device):
+        if parallel.rank() == 0:
+            tower, tokenizer = make_text(recipe, folder / "text", progress)
+            vae = make_vae(recipe.vae, icons, folder / "vae", progress)
+            make_cache(recipe.cache, icons, folder / "cache", vae, tower, tokenizer, device, progress)
+        parallel.wait()
+        unet = make_unet(recipe, folder, device, progress)
+        if parallel.rank() == 0:
+            tower, tokenizer = make_text(recipe, folder / "text", progress)
+            vae = open_part(folder / "vae", AutoencoderConfig.from_dict, AutoencoderKL)
+            parts = Components(unet, vae, tower, tokenizer, Scheduler.from_config(recipe.scheduler))
+            save_folder(parts, folder / "model", torch.float16)
+    return folder / "model"
 
-    text = folder / "text"
-    if not (text / "text_encoder" / "model.safetensors").exists():
+
+def make_text(recipe: Recipe, folder: Path, progress: Progress | None) -> tuple[CLIPTextModel, ClipTokenizer]:
+    """The text tower and its tokenizer, taught unless the folder has them."""
+    if not (folder / "text_encoder" / "model.safetensors").exists():
         report = (lambda step, steps, numbers: progress("text", step, steps, dict(numbers))) if progress else None
-        distill(DistillConfig.from_dict(recipe.text), text, report)
-    tokenizer = ClipTokenizer.from_folder(text / "tokenizer")
-    tower = open_part(text / "text_encoder", CLIPTextConfig.from_dict, CLIPTextModel).to(device)
+        distill(DistillConfig.from_dict(recipe.text), folder, report)
+    tower = open_part(folder / "text_encoder", CLIPTextConfig.from_dict, CLIPTextModel)
+    return tower, ClipTokenizer.from_folder(folder / "tokenizer")
 
-    vae_folder = folder / "vae"
-    if not (vae_folder / "model.safetensors").exists():
-        part = recipe.vae
-        named = {code: next(iter(styles.values())).label for code, styles in icons.by_code().items() if len(styles) > 2}
-        composer = Composer(icons, named, weights=part.scenes.layouts, styled=part.scenes.styled)
+
+def make_vae(part: VAEPart, icons: IconSet, folder: Path, progress: Progress | None) -> AutoencoderKL:
+    """The autoencoder, trained on the whole icon set unless the folder has it."""
+    if not (folder / "model.safetensors").exists():
+        labels = {code: next(iter(row.values())).label for code, row in icons.by_code().items() if len(row) > 2}
+        composer = Composer(icons, labels, weights=part.scenes.layouts, styled=part.scenes.styled)
         config = AutoencoderConfig.from_dict(part.config)
-        trained = train_vae(config, composer, part.loop, vae_folder, part.loss, part.crop, part.pool, progress)
-        keep_part(vae_folder, trained)
-    vae = open_part(vae_folder, AutoencoderConfig.from_dict, AutoencoderKL)
+        keep_part(folder, train_vae(config, composer, part.loop, folder, part.loss, part.crop, part.pool, progress))
+    return open_part(folder, AutoencoderConfig.from_dict, AutoencoderKL)
+
+
+def make_cache(
+    part: CachePart, icons: IconSet, folder: Path, vae: AutoencoderKL, tower: CLIPTextModel,
+    tokenizer: ClipTokenizer, device: str, progress: Progress | None,
+) -> None:  # fmt: skip
+    """The shards of latents and text states that the folder lacks."""
+    composer = Composer(icons, weights=part.scenes.layouts, styled=part.scenes.styled)
     vae = vae.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    build_cache(folder, composer, vae, tower.to(device), tokenizer, part.shards, part.per_shard, progress=progress)
 
-    scenes = recipe.cache.scenes
-    composer = Composer(icons, weights=scenes.layouts, styled=scenes.styled)
-    size = recipe.cache
-    shards = build_cache(
-        folder / "cache", composer, vae, tower, tokenizer, size.shards, size.per_shard, progress=progress
-    )
 
-    scheduler = Scheduler.from_config(recipe.scheduler)
-    unet_folder = folder / "unet"
-    if not (unet_folder / "model.safetensors").exists():
+def make_unet(recipe: Recipe, folder: Path, device: str, progress: Progress | None) -> UNet:
+    """The denoiser, trained unless the folder has it; sample sheets go to `samples/` along the way."""
+    part, place = recipe.unet, folder / "unet"
+    if not (place / "model.safetensors").exists():
+        tower, tokenizer = make_text(recipe, folder / "text", progress)
+        vae = open_part(folder / "vae", AutoencoderConfig.from_dict, AutoencoderKL)
+        scheduler = Scheduler.from_config(recipe.scheduler)
         if not isinstance(scheduler.path, VPPath):
             name = recipe.scheduler.get("_class_name")
-            raise ValueError(f"{path}: scheduler: {name} has no betas; use one that has, such as DDIMScheduler")
+            raise ValueError(f"scheduler: {name} has no betas; use one that has, such as DDIMScheduler")
         empty = encode_prompts(tokenizer, tower, [""]).context
         assert empty is not None
 
         def sheet(step: int, net: nn.Module) -> None:
             parts = Components(net, vae, tower, tokenizer, scheduler)  # type: ignore[arg-type]
-            runtime = choose(device, "float32")
-            drawn = Pipeline(parts, runtime, batch=8)(list(SAMPLE_PROMPTS), seed=0, num_inference_steps=12).images
+            pipe = Pipeline(parts, choose(device, "float32"), batch=8)
+            drawn = pipe(list(SAMPLE_PROMPTS), seed=0, num_inference_steps=12).images
             save(grid(drawn), folder / "samples" / f"{step:06d}.png")  # type: ignore[arg-type]
 
+        shards = sorted((folder / "cache").glob("latents-*.safetensors"))
         unet = train_latent(
-            UNetConfig.from_dict(recipe.unet.config), LatentCache(shards), empty, scheduler.path, recipe.unet.loop,
-            unet_folder, recipe.unet.loss, progress, sheet, device,
+            UNetConfig.from_dict(part.config), LatentCache(shards), empty, scheduler.path, part.loop,
+            place, part.loss, progress, sheet, device,
         )  # fmt: skip
-        keep_part(unet_folder, unet)
-    unet = open_part(unet_folder, UNetConfig.from_dict, UNet)
-
-    parts = Components(unet, vae.cpu(), tower.cpu(), tokenizer, scheduler)
-    save_folder(parts, folder / "model", torch.float16)
-    return folder / "model"
+        if parallel.rank() == 0:
+            keep_part(place, unet)
+        parallel.wait()
+    return open_part(place, UNetConfig.from_dict, UNet)
 
 
 def keep_part(folder: Path, module: Any) -> None:
