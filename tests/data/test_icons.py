@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sfumato.cli import main
 from sfumato.data import icons
 from sfumato.data.icons import IconSet, build, plain_code, read_emoji, squash
 
@@ -57,6 +59,33 @@ def test_every_style_is_joined_by_code_point(packages: Path, tmp_path: Path) -> 
         outside = picture[:, 72:120, 3].max()
         print(f"{icon.style}: largest difference {inside:.0f}, alpha outside {outside}")
         assert picture.shape == (128, 128, 4) and inside <= 2 and outside <= 2
+
+
+def test_packages_that_are_not_there_are_named(packages: Path, tmp_path: Path) -> None:
+    (tmp_path / "node_modules").mkdir()
+    (tmp_path / "node_modules" / "emojilib").symlink_to(packages / "emojilib")
+    with pytest.raises(FileNotFoundError, match=r"lacks the packages @lobehub/fluent-emoji-3d@1\.1\.0, ") as told:
+        build(tmp_path / "set", tmp_path / "node_modules")
+    assert "emojilib" not in str(told.value) and not (tmp_path / "set").exists()
+
+
+def test_the_command_takes_packages_that_are_there(
+    packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(icons.shutil, "which", lambda name: None)  # no npm
+    code = main(["data", "icons", "--out", str(tmp_path / "set"), "--packages", str(packages)])
+    out, err = capsys.readouterr()
+    assert code == 0 and out == f"{tmp_path / 'set' / 'icons.json'}\n", err
+    assert err.endswith("9/9\n")
+
+
+def test_what_npm_complained_of_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    complaint = "npm error code ENOTFOUND\nnpm error syscall getaddrinfo\nnpm error errno 1\nnpm error A log of this"
+    monkeypatch.setattr(icons.shutil, "which", lambda name: "npm")
+    failed = subprocess.CompletedProcess([], 1, "", complaint)
+    monkeypatch.setattr(icons.subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(RuntimeError, match=r"failed: npm error code ENOTFOUND npm error syscall getaddrinfo"):
+        icons.install_packages(tmp_path)
 
 
 def test_missing_set_names_the_command(tmp_path: Path) -> None:

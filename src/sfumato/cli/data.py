@@ -27,4 +27,4 @@ def icons(
     from sfumato.data import icons as builder
 
     line = Line(every=0)
-    print(builder.build(out, progress=lambda done, total, style: line.show(f"styles {style}", done, total)))
+    print(builder.build(out, packages, lambda done, total, style: line.show(f"styles {style}", done, total)))

@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sfumato.files import replacing
+
 SIZE = 128
 
 #: style word -> npm package (pinned). The word is what captions say: "a red apple, glossy style".
@@ -91,14 +93,16 @@ def install_packages(folder: Path) -> Path:
     command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", *STYLES.values(), *NAMES]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"npm install failed: {done.stderr.strip().splitlines()[-1:]}; is the registry reachable?")
+        # npm's last line only names its log file; what went wrong comes first.
+        reason = " ".join(done.stderr.split("\n")[:3]).strip()
+        raise RuntimeError(f"npm install failed: {reason}; is the registry reachable?")
     return folder / "node_modules"
 
 
 def read_emoji(packages: Path) -> dict[str, Emoji]:
     """The emoji list by plain code point, with emojibase's labels and both packages' search words."""
-    entries = json.loads((packages / "emojibase-data/en/data.json").read_text())
-    words = json.loads((packages / "emojilib/dist/emoji-en-US.json").read_text())
+    entries = json.loads((packages / "emojibase-data/en/data.json").read_text(encoding="utf-8"))
+    words = json.loads((packages / "emojilib/dist/emoji-en-US.json").read_text(encoding="utf-8"))
     found: dict[str, Emoji] = {}
     for entry in entries:
         more = [w.replace("_", " ") for w in words.get(entry["emoji"], [])]
@@ -114,14 +118,14 @@ def _code_table(packages: Path, emoji: dict[str, Emoji]) -> dict[str, str]:
     for spec in STYLES.values():
         chars = packages / spec.rsplit("@", 1)[0] / "chars.json"
         if chars.exists():
-            for code, name in json.loads(chars.read_text()).items():
+            for code, name in json.loads(chars.read_text(encoding="utf-8")).items():
                 table.setdefault(squash(name), plain_code(code))
     return table
 
 
 def _svg_drawings(package: Path, table: dict[str, str], emoji: dict[str, Emoji]) -> Iterator[tuple[str, str]]:
     """(code point, SVG text) of the drawings in an Iconify package that are in the emoji list, once each."""
-    data = json.loads((package / "icons.json").read_text())
+    data = json.loads((package / "icons.json").read_text(encoding="utf-8"))
     seen: set[str] = set()
     # fxemoji calls the faces plainly "dog" and "cat"; the other sets keep those words for the whole animals.
     first, then = (OTHER_NAMES, table) if data["prefix"] == "fxemoji" else (table, OTHER_NAMES)
@@ -167,7 +171,8 @@ def build(
 
     packages: a node_modules folder that already holds the packages; without it they are fetched with npm
     into `out/.npm`. progress is called with (done, total styles, style). Raises RuntimeError without npm or
-    resvg-py. Rendering takes about a minute; an interrupted build starts over, the index comes last.
+    resvg-py, FileNotFoundError naming the packages that the folder lacks. Rendering takes about a minute; an
+    interrupted build starts over, the index comes last.
     """
     out = Path(out)
     try:
@@ -175,13 +180,14 @@ def build(
     except ImportError as error:
         raise RuntimeError("rendering icons needs resvg-py: pip install 'sfumato[train]'") from error
     source = Path(packages) if packages else install_packages(out / ".npm")
+    missing = [spec for spec in (*STYLES.values(), *NAMES) if not (source / spec.rsplit("@", 1)[0]).is_dir()]
+    if missing:
+        raise FileNotFoundError(f"{source} lacks the packages {', '.join(missing)}; install them there with npm")
     emoji = read_emoji(source)
     table = _code_table(source, emoji)
     rows: list[dict[str, object]] = []
     with ThreadPoolExecutor() as pool:
         for done, (style, spec) in enumerate(STYLES.items()):
-            if progress:
-                progress(done, len(STYLES), style)
             folder = out / style
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -198,9 +204,12 @@ def build(
                 entry = emoji[code]
                 rows.append({"code": code, "label": entry.label, "tags": entry.tags, "style": style,
                              "file": f"{style}/{code}.png"})  # fmt: skip
+            if progress:
+                progress(done + 1, len(STYLES), style)
     index = out / "icons.json"
-    index.with_suffix(".tmp").write_text(json.dumps({"styles": list(STYLES), "icons": rows}, ensure_ascii=False))
-    index.with_suffix(".tmp").replace(index)
+    with replacing(index) as temporary:
+        text = json.dumps({"styles": list(STYLES), "icons": rows}, ensure_ascii=False)
+        temporary.write_text(text, encoding="utf-8")
     return index
 
 
@@ -227,7 +236,7 @@ class IconSet:
         index = folder / "icons.json"
         if not index.exists():
             raise FileNotFoundError(f"no icon set in {folder}; make one with: sfumato data icons --out {folder}")
-        data = json.loads(index.read_text())
+        data = json.loads(index.read_text(encoding="utf-8"))
         self.styles: list[str] = data["styles"]
         self.icons = [
             Icon(row["code"], row["label"], tuple(row["tags"]), row["style"], folder / row["file"])
