@@ -49,6 +49,47 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert difference == 0.0
 
 
+def test_a_step_that_was_cut_in_two_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, losses = problem()
+    whole = Loop(model, losses, CONFIG, tmp_path / "whole", "test").run()  # type: ignore[arg-type]
+
+    model, losses = problem()
+    loop = Loop(model, losses, CONFIG, tmp_path / "parts", "test")  # type: ignore[arg-type]
+    average = loop._average
+
+    def interrupted() -> None:
+        if loop.step == 34:
+            raise KeyboardInterrupt  # the weights are those of step 34, the averages those of step 33
+        average()
+
+    monkeypatch.setattr(loop, "_average", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    model, losses = problem()
+    loop = Loop(model, losses, CONFIG, tmp_path / "parts", "test")  # type: ignore[arg-type]
+    assert loop.step == 20
+    parts = loop.run()
+    difference = max(float((p - q).abs().max()) for p, q in zip(whole.parameters(), parts.parameters(), strict=True))
+    print(f"largest difference of the averaged weights: {difference}")
+    assert difference == 0.0
+
+
+def test_a_run_that_failed_at_once_leaves_no_state(tmp_path: Path) -> None:
+    def failing(step: int) -> dict[str, Tensor]:
+        raise ValueError("a batch that cannot be shared")
+
+    with pytest.raises(ValueError, match="cannot be shared"):
+        Loop(problem()[0], failing, CONFIG, tmp_path, "test").run()
+    assert not (tmp_path / "state.pt").exists()
+
+
+def test_the_state_of_another_network_is_refused(tmp_path: Path) -> None:
+    model, losses = problem()
+    Loop(model, losses, CONFIG, tmp_path, "test").run()  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"state\.pt is the state of another network"):
+        Loop(nn.Linear(4, 2), losses, CONFIG, tmp_path, "test")  # type: ignore[arg-type]
+
+
 def test_training_learns_and_logs(tmp_path: Path) -> None:
     model, losses = problem()
     Loop(model, losses, CONFIG, tmp_path, "test").run()  # type: ignore[arg-type]

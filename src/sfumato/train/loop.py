@@ -88,21 +88,29 @@ class Loop(Generic[Module]):
         self.optimizer = make_optimizer(model, config)
         self.averaged = deepcopy(model).requires_grad_(False).eval() if config.ema else model
         self.step = 0
+        self.whole = True  # False while a step is changing the weights
         self.resume()
+        self.saved = self.step
 
     @property
     def state_file(self) -> Path:
         return self.folder / "state.pt"
 
     def resume(self) -> None:
-        """Take up the checkpoint of the folder when there is one."""
+        """Take up the checkpoint of the folder when there is one; ValueError when it is of another network."""
         if not self.state_file.exists():
             return
         state = torch.load(self.state_file, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(state["model"])
-        if self.config.ema:
-            self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.config.ema:
+                self.averaged.load_state_dict(state["averaged"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, RuntimeError, ValueError):
+            raise ValueError(
+                f"{self.state_file} is the state of another network or one trained without averages; "
+                "restore the configuration that it was made with, or delete it"
+            ) from None
         self.step = state["step"]
 
     def save(self) -> None:
@@ -113,6 +121,7 @@ class Loop(Generic[Module]):
         if self.config.ema:
             state["averaged"] = self.averaged.state_dict()
         atomic_save(state, self.state_file)
+        self.saved = self.step
 
     def run(
         self, progress: Progress | None = None, every: Callable[[int, Module], None] | None = None
@@ -120,7 +129,8 @@ class Loop(Generic[Module]):
         """Train to the last step and return the averaged model.
 
         progress(stage, step, steps, numbers) is called every 20 steps; every(step, averaged model) after each
-        checkpoint, for sample grids. KeyboardInterrupt saves a checkpoint first.
+        checkpoint, for sample grids. An error or KeyboardInterrupt saves a checkpoint first, of the last whole
+        step; one that comes while weights are being changed leaves the checkpoint before.
         """
         self.model.train()
         with log_writer(self.folder) as write:
@@ -147,7 +157,8 @@ class Loop(Generic[Module]):
                             every(self.step, self.averaged)
                             self.model.train()
             finally:
-                self.save()
+                if self.whole and self.step > self.saved:
+                    self.save()
         return self.averaged.eval()
 
     def advance(self) -> dict[str, float]:
@@ -161,11 +172,13 @@ class Loop(Generic[Module]):
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         if not torch.isfinite(norm):
             raise RuntimeError(f"{self.name}: the gradient is not finite at step {self.step}; lower lr")
+        self.whole = False
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         self.step += 1
         if self.config.ema:
             self._average()
+        self.whole = True
         return {key: float(value.detach()) for key, value in losses.items()}
 
     @torch.no_grad()
