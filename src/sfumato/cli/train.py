@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -18,4 +19,6 @@ def train(
     from sfumato import train as training
     from sfumato.cli.line import Line
 
-    print(training.run(recipe, out, Line().show))
+    folder = training.run(recipe, out, Line().show)
+    if os.environ.get("RANK", "0") == "0":  # of several processes that torchrun started, the first
+        print(folder)

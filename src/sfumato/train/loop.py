@@ -146,8 +146,7 @@ class Loop(Generic[Module]):
                         means = {key: value / min(20, done) for key, value in sums.items()}
                         means["rate"] = self.config.rate(self.step)
                         means["samples_per_s"] = done * self.config.batch_size / (time.perf_counter() - since)
-                        if parallel.rank() == 0:
-                            write(self.step, means)
+                        write(self.step, means)
                         if progress and parallel.rank() == 0:
                             progress(self.name, self.step, self.config.steps, means)
                         since, first, sums = time.perf_counter(), self.step, {}
@@ -189,7 +188,13 @@ class Loop(Generic[Module]):
 
 @contextmanager
 def log_writer(folder: Path) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """A function that appends numbers to log.jsonl and, where it is installed, TensorBoard."""
+    """A function that appends numbers to log.jsonl and, where it is installed, TensorBoard.
+
+    Of several processes, the first writes.
+    """
+    if parallel.rank():
+        yield lambda step, numbers: None
+        return
     folder.mkdir(parents=True, exist_ok=True)
     try:
         from torch.utils.tensorboard import SummaryWriter

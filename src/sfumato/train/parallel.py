@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 @contextmanager
 def group(device: str) -> Iterator[None]:
-    """Join the processes that torchrun started, for the length of the block."""
+    """Join the processes that torchrun started, for the length of the block; each takes a GPU of its own."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     # The first process may prepare data for hours while the others wait.
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=24))
     try:

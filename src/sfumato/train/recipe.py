@@ -170,7 +170,9 @@ def make_cache(
 def make_unet(recipe: Recipe, folder: Path, device: str, progress: Progress | None) -> UNet:
     """The denoiser, trained unless the folder has it; sample sheets go to `samples/` along the way."""
     part, place = recipe.unet, folder / "unet"
-    if not (place / "model.safetensors").exists():
+    finished = (place / "model.safetensors").exists()
+    parallel.wait()  # every process has looked before the first may write it
+    if not finished:
         tower, tokenizer = make_text(recipe, folder / "text", progress)
         vae = open_part(folder / "vae", AutoencoderConfig.from_dict, AutoencoderKL)
         scheduler = Scheduler.from_config(recipe.scheduler)
