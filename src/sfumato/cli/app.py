@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = int(app(args or ["--help"], prog_name="sfumato", standalone_mode=False) or 0)
     except ClickError as error:
         return complain(str(getattr(error, "format_message", error.__str__)()) or "see `sfumato --help`")
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:  # ImportError: an extra is not installed
         if os.environ.get(TRACEBACK):
             raise
         return complain(str(error))

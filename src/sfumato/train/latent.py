@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sfumato.cond import Cond
 from sfumato.diffusion.path import VPPath, add_noise
 from sfumato.diffusion.prediction import get_prediction
+from sfumato.diffusion.registry import find
 from sfumato.models.layers import Downsample2D, ResnetBlock2D, Transformer2DModel, Upsample2D
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.runtime import cpu_has_bfloat16
@@ -38,6 +39,12 @@ class DenoiserLoss:
     weighting: str = "flat"
     drop_text: float = 0.1
     pure_noise: float = 0.02
+
+    def __post_init__(self) -> None:
+        """ValueError for a name that is in no table."""
+        get_prediction(self.prediction)
+        find(DENSITIES, self.density, "density")
+        find(WEIGHTINGS, self.weighting, "weighting")
 
     def __call__(
         self, net: nn.Module, path: VPPath, x0: Tensor, context: Tensor, empty: Tensor, generator: torch.Generator
