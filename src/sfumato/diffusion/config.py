@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
+from ..files import read_json, replacing
 from .registry import find
 
 CONFIG_NAME = "scheduler_config.json"
@@ -114,15 +115,15 @@ class Configured:
         places = [Path(folder) / (subfolder or ""), Path(folder) / "scheduler"]
         for place in places:
             if (place / CONFIG_NAME).is_file():
-                return cls.from_config(json.loads((place / CONFIG_NAME).read_text(encoding="utf-8")))
+                return cls.from_config(read_json(place / CONFIG_NAME))
         raise FileNotFoundError(f"no {CONFIG_NAME} in {' or '.join(map(str, places))}")
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write scheduler_config.json into a folder, which is made if need be."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
         config = {k: v for k, v in self.config.items() if k != "_use_default_values"}
         text = json.dumps(config, indent=2, sort_keys=True)
-        (Path(folder) / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        with replacing(Path(folder) / CONFIG_NAME) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
     def allow(self, option: str, *allowed: object) -> None:
         """ValueError unless an option has one of the values that are supported."""

@@ -20,6 +20,8 @@ from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, normali
 from tokenizers.models import BPE
 from torch import Tensor
 
+from sfumato.files import read_json, replacing
+
 START = "<|startoftext|>"
 END = "<|endoftext|>"
 WORD_END = "</w>"
@@ -123,7 +125,6 @@ class ClipTokenizer:
     def save(self, folder: Path | str) -> None:
         """Write the files of a `tokenizer/` folder, which transformers' CLIPTokenizer opens as well."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         special = self.special
         roles = {role: _added_dict(token, special.normalized) for role, token in _roles(special).items()}
         config = {
@@ -137,7 +138,8 @@ class ClipTokenizer:
         ordered = dict(sorted(self.vocabulary.items(), key=lambda item: item[1]))
         _write_json(folder / "vocab.json", ordered, indent=None)
         lines = ["#version: 0.2", *(f"{a} {b}" for a, b in self.merges)]
-        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with replacing(folder / "merges.txt") as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
         _write_json(folder / "special_tokens_map.json", roles, indent=2)
         _write_json(folder / "tokenizer_config.json", config, indent=2)
         if self.added:
@@ -303,13 +305,10 @@ def _pair(row: str | Sequence[str]) -> tuple[str, str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; a JSON object is expected")
-    return content
+    """The object in a JSON file; an empty one when there is no such file."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _write_json(path: Path, content: Mapping[str, Any], indent: int | None) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")

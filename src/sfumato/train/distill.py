@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +29,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sfumato.files import replacing, write_json
 from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
 from sfumato.text.tokenizer import WORD_END, ClipTokenizer, train_vocabulary
+from sfumato.train.loop import atomic_save
 from sfumato.train.phrases import EMPTY_WORDS, Corpus, build_corpus, emoji_names, whole_words
 from sfumato.train.teacher import SentenceModel, teacher_folder
 from sfumato.weights.safe import write_tensors
@@ -239,8 +239,8 @@ def prepare(
     tokenizer.save(out / "tokenizer")
     lessons = make_lessons(corpus, tokenizer, teacher, progress)
     tensors = {f.name: getattr(lessons, f.name) for f in dataclasses.fields(lessons)}
-    save_file(tensors, path.with_suffix(".tmp"), metadata={"config": mark})
-    os.replace(path.with_suffix(".tmp"), path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"config": mark})
     return tokenizer, lessons
 
 
@@ -340,9 +340,8 @@ def tower_config(config: DistillConfig, tokenizer: ClipTokenizer) -> CLIPTextCon
 def save_tower(model: CLIPTextModel, tokenizer: ClipTokenizer, out: Path) -> None:
     """Write out/text_encoder/{config.json, model.safetensors} in float32 and out/tokenizer."""
     folder = out / "text_encoder"
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / "tokenizer")
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", model.config.to_dict())
     write_tensors(folder / "model.safetensors", model.state_dict(), torch.float32)
 
 
@@ -387,8 +386,7 @@ def _checkpoint(
         "heads": heads.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    atomic_save(state, path)
 
 
 def _restore(
