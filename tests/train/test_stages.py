@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from sfumato.diffusion.path import VPPath, betas
+from sfumato.diffusion.prediction import get_prediction
 from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.train.cache import LatentCache
 from sfumato.train.latent import DenoiserLoss, start_plain, train_latent
 from sfumato.train.loop import LoopConfig
-from sfumato.train.objectives import DENSITIES, min_snr_v
+from sfumato.train.objectives import DENSITIES, min_snr_v, x0_v
 from sfumato.train.recipe import read_recipe
 from sfumato.train.vae import crops, standardise, start_linear, to_unit
 from sfumato.weights.safe import write_tensors
@@ -54,7 +55,8 @@ def test_the_linear_start_keeps_the_variance_of_a_picture() -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(VAE)
     start_linear(vae)
-    dist = vae.encode(to_unit(torch.from_numpy(pictures()))).latent_dist
+    with torch.no_grad():
+        dist = vae.encode(to_unit(torch.from_numpy(pictures()))).latent_dist
     print(f"latent deviation {float(dist.mode().detach().std()):.2f}, noise {float(dist.std.detach().mean()):.3f}")
     assert 0.2 < float(dist.mode().std()) < 5 and float((dist.std - np.exp(-3)).abs().max()) < 1e-6
 
@@ -71,7 +73,19 @@ def test_crops_come_from_the_pool() -> None:
 def test_densities_stay_inside(name: str) -> None:
     u = DENSITIES[name](4000, torch.Generator().manual_seed(0))
     print(f"{name}: mean {float(u.mean()):.3f}, smallest {float(u.min()):.4f}, largest {float(u.max()):.4f}")
-    assert float(u.min()) >= 0 and float(u.max()) < 1 and abs(float(u.mean()) - 0.5) < 0.03
+    mean = 2 - 2 * np.log(2) if name == "shifted" else 0.5  # the integral of 2 u / (1 + u)
+    assert float(u.min()) >= 0 and float(u.max()) < 1 and abs(float(u.mean()) - mean) < 0.03
+
+
+def test_x0_weight_turns_the_error_of_v_into_that_of_the_picture() -> None:
+    path = VPPath(betas("scaled_linear", 1000, 0.00085, 0.02))
+    points, v = path.at(torch.tensor([5, 300, 990])), get_prediction("v")
+    x, out, wanted = torch.randn(3, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    picture = (v.x0(x, out, points) - v.x0(x, wanted, points)).square().mean((1, 2, 3))
+    weighted = (x0_v(points) * (out - wanted).square()).mean((1, 2, 3))
+    difference = float((picture - weighted).abs().max())
+    print(f"largest difference {difference:.1e}")
+    assert difference < 1e-5
 
 
 def test_min_snr_weight() -> None:

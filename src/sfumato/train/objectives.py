@@ -30,8 +30,18 @@ def mode(count: int, generator: torch.Generator, s: float = 0.8) -> Tensor:
     return (1 - u - s * (torch.cos(torch.pi / 2 * u).square() - 1 + u)).clamp(0, 1 - 1e-6)
 
 
+def shifted(count: int, generator: torch.Generator, s: float = 2.0) -> Tensor:
+    """Even, then moved towards noise: s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23).
+
+    Near the data the text says nothing that the noisy picture does not show; what a word looks like is learned
+    where the picture is mostly noise.
+    """
+    u = uniform(count, generator)
+    return (s * u / (1 + (s - 1) * u)).clamp(max=1 - 1e-6)
+
+
 DENSITIES: Mapping[str, Density] = MappingProxyType(
-    {"uniform": uniform, "logit_normal": logit_normal, "mode": mode}
+    {"uniform": uniform, "logit_normal": logit_normal, "mode": mode, "shifted": shifted}
 )
 
 
@@ -46,4 +56,16 @@ def min_snr_v(points: Points, gamma: float = 5.0) -> Tensor:
     return snr.clamp(max=gamma) / (snr + 1)
 
 
-WEIGHTINGS: Mapping[str, Weighting] = MappingProxyType({"flat": flat, "min_snr_v": min_snr_v})
+def x0_v(points: Points) -> Tensor:
+    """Sigma², which makes the squared error of v that of the clean picture (Salimans & Ho 2022, section 4)."""
+    return points.sigma.square()
+
+
+def half_x0_v(points: Points) -> Tensor:
+    """Sigma, half way (on a log scale) between `flat` and `x0_v`: the last, fine steps keep some weight."""
+    return points.sigma
+
+
+WEIGHTINGS: Mapping[str, Weighting] = MappingProxyType(
+    {"flat": flat, "min_snr_v": min_snr_v, "x0_v": x0_v, "half_x0_v": half_x0_v}
+)
