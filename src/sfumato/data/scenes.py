@@ -38,9 +38,9 @@ HUES: dict[str, float] = {
     "red": 0, "orange": 28, "yellow": 50, "green": 125, "cyan": 185, "blue": 218, "purple": 275, "pink": 325,
 }  # fmt: skip
 
-COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
+COUNTS = {2: "two", 3: "three", 4: "four"}
 
-#: (nouns, colours, ground) that no scene shows together; None stands for anything.
+#: What no scene shows: (colour, noun) of a thing, nouns together, and (colour, noun, last word of the ground).
 HELD_OUT_COLOURS = frozenset({("purple", "cat"), ("blue", "apple")})
 HELD_OUT_PAIRS = frozenset({frozenset({"dog", "car"})})
 HELD_OUT_GROUNDS = frozenset({("red", "apple", "blue")})
@@ -49,7 +49,8 @@ HELD_OUT_GROUNDS = frozenset({("red", "apple", "blue")})
 @lru_cache(1)
 def concepts() -> dict[str, str]:
     """Code point -> noun, for the concepts of the built-in model."""
-    groups = yaml.load(resources.files(__package__).joinpath("concepts.yaml").read_text(), yaml.BaseLoader)
+    text = resources.files(__package__).joinpath("concepts.yaml").read_text(encoding="utf-8")
+    groups = yaml.load(text, yaml.BaseLoader)  # code points such as 2615 stay text
     return {code: noun for group in groups.values() for code, noun in group.items()}
 
 
@@ -90,6 +91,7 @@ class Thing:
 
     @property
     def phrase(self) -> str:
+        """The noun, after the colour when it has one."""
         return f"{self.colour} {self.noun}".strip()
 
 

@@ -53,7 +53,8 @@ class Prompt:
 
 def read_prompts(path: Path | None = None) -> tuple[Prompt, ...]:
     """The stored prompts, or those of another file of the same form."""
-    text = path.read_text() if path else resources.files(__package__).joinpath("prompts.jsonl").read_text()
+    file = path or resources.files(__package__).joinpath("prompts.jsonl")
+    text = file.read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     return tuple(
         Prompt(**{**row, "things": tuple(map(tuple, row["things"])), "colours": tuple(row["colours"])}) for row in rows
@@ -178,8 +179,7 @@ def _prompt(
     blank = Icon("", "", (), "", Path())
     prompt = Prompt("", group, kind, things, colours or ("",) * len(nouns), style, ground, layout, place, count)
     text = prompt.scene([blank] * len(nouns), [0.0] * len(nouns)).caption
-    text = a(word) if word else text.replace("a umbrella", "an umbrella")
-    return replace(prompt, text=text)
+    return replace(prompt, text=a(word) if word else text)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class AutoencoderConfig:
 
     sample_size: picture side the model was trained on; also the side of a tile.
     scaling_factor, shift_factor: latents for diffusion are (z - shift) * scale.
-    force_upcast: the decoder overflows in float16; the runtime keeps such a model in float32.
+    force_upcast: says that the decoder overflows in float16. It is kept, not acted upon: choose another precision.
     """
 
     in_channels: int = 3

@@ -18,9 +18,8 @@ from sfumato.text.tokenizer import ClipTokenizer
 def encode_prompts(tokenizer: ClipTokenizer, model: CLIPTextModel, prompts: Sequence[str], clip_skip: int = 0) -> Cond:
     """Cond(context (B, L, D)) of some prompts; equal prompts are evaluated once.
 
-    clip_skip: layers left out at the end; 0 reads the last one. The final layer norm applies in any case,
-    as in
-               diffusers' `clip_skip` (whose None is our 0).
+    clip_skip: layers left out at the end; 0 reads the last one. The final layer norm applies in any case, as
+               with diffusers' `clip_skip` (whose None is our 0).
     Raises TypeError when given a bare string, ValueError when clip_skip is not below the number of layers.
     """
     if isinstance(prompts, str):

@@ -94,6 +94,7 @@ class Loop(Generic[Module]):
 
     @property
     def state_file(self) -> Path:
+        """The checkpoint's path."""
         return self.folder / "state.pt"
 
     def resume(self) -> None:
