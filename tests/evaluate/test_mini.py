@@ -142,14 +142,19 @@ def test_missing_icon_is_named(shape_set: IconSet) -> None:
 def test_run_writes_report_pictures_and_sheet(tiny_folder: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     report = mini.run(tiny_folder, tmp_path / "out", 6, lambda done, total: seen.append((done, total)), steps=1,
-                      grid=tmp_path / "sheet.png")  # fmt: skip
+                      grid=tmp_path / "new" / "sheet.png")  # fmt: skip
     assert seen == [(i, 6) for i in range(1, 7)]
     assert report.about["prompts"] == 6 and report.about["steps"] == 1
     assert report["held-out icons", "VAE PSNR"].note == "not measured: no icon set"
     assert json.loads((tmp_path / "out/report.json").read_text()) == json.loads(json.dumps(report.to_dict()))
     assert "not measured: no icon set" in (tmp_path / "out/report.md").read_text()
     assert len(list((tmp_path / "out/pictures").glob("*.png"))) == 6
-    assert Image.open(tmp_path / "sheet.png").width > 6 * 32
+    assert Image.open(tmp_path / "new" / "sheet.png").width > 6 * 32
+
+
+def test_a_sheet_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown picture suffix '\.docx'"):
+        mini.run(tmp_path, grid=tmp_path / "sheet.docx")  # a folder without a model, which would be complained of next
 
 
 def test_picture_depends_on_its_prompt_alone(tiny_pipe: Pipeline) -> None:

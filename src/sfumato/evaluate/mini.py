@@ -34,6 +34,7 @@ from sfumato.evaluate.judge import Judge, load_judge, to_unit
 from sfumato.evaluate.prompts import NEVER, OWN, SYNONYMS, Prompt, read_prompts, thinned
 from sfumato.evaluate.report import Report, Row
 from sfumato.evaluate.sheet import contact_sheet
+from sfumato.images import check_suffix, save
 from sfumato.models.autoencoder import AutoencoderKL
 from sfumato.pipelines.pipeline import Pipeline, load
 from sfumato.pipelines.request import parse
@@ -66,7 +67,12 @@ def run(
     icons:    a folder made by `sfumato data icons`, for the ceiling and the autoencoder's PSNR.
     steps:    denoising steps; guidance is the model's default.
     grid:     a file for a labelled contact sheet of (up to) 64 of the pictures.
+
+    Before a picture is made it raises ValueError when the sheet's name is no picture's, and FileNotFoundError when the
+    model or the icon set is missing.
     """
+    if grid is not None:
+        check_suffix(Path(grid))
     asked = read_prompts()
     if prompts is not None:
         asked = thinned(asked, prompts) if isinstance(prompts, int) else tuple(prompts)
@@ -84,13 +90,13 @@ def run(
     report = make_report(asked, pictures, judge, about, icon_set, pipe.vae)
     if out is not None:
         report.save(Path(out))
+        folder = Path(out) / "pictures"
+        folder.mkdir(exist_ok=True)
         for i, picture in enumerate(pictures):
-            folder = Path(out) / "pictures"
-            folder.mkdir(exist_ok=True)
             Image.fromarray(picture).save(folder / f"{i:03d}.png")
     if grid is not None:
         chosen = thinned(range(len(asked)), min(64, len(asked)))
-        contact_sheet([pictures[i] for i in chosen], [asked[i].text for i in chosen]).save(grid)
+        save(contact_sheet([pictures[i] for i in chosen], [asked[i].text for i in chosen]), grid)
     return report
 
 
