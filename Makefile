@@ -1,5 +1,6 @@
 # make picture PROMPT="a red apple on a blue background"   set everything up and make a picture
 # make test                                                set everything up and run every check
+# The versions in constraints.txt need Python 3.11 or later.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
