@@ -13,6 +13,7 @@ from sfumato.diffusion import (
     SAMPLERS,
     DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowPath,
@@ -196,6 +197,17 @@ def test_protocol_surface() -> None:
         _ = flow.alphas_cumprod
     half = x.half()
     assert scheduler.step(half, t, half).prev_sample.dtype == torch.float16
+
+
+def test_a_curve_that_is_asked_for_replaces_the_configured_one() -> None:
+    """karras and exponential are two options of a configuration; a plan has one of them."""
+    grids = {
+        (configured, asked): DPMSolverMultistepScheduler(**{f"use_{configured}_sigmas": True}).plan(6, None, asked).grid
+        for configured in ("karras", "exponential")
+        for asked in ("karras", "exponential")
+    }
+    assert grids["karras", "exponential"] == grids["exponential", "exponential"]
+    assert grids["exponential", "karras"] == grids["karras", "karras"] != grids["karras", "exponential"]
 
 
 def test_wrong_numbers_of_steps_are_refused() -> None:

@@ -80,7 +80,8 @@ class TableScheduler(Scheduler):
         elif spacing in TIME_SPACINGS:
             facade = type(facade).from_config(facade.config, timestep_spacing=spacing)
         elif f"use_{spacing}_sigmas" in names:
-            facade = type(facade).from_config(facade.config, **{f"use_{spacing}_sigmas": True})
+            curves = {f"use_{name}_sigmas": name == spacing for name in ("karras", "exponential")}  # one at a time
+            facade = type(facade).from_config(facade.config, **{k: v for k, v in curves.items() if k in names})
         plan = facade.own_plan(steps)
         if spacing is not None and f"use_{spacing}_sigmas" not in names and spacing not in TIME_SPACINGS:
             points = get_spacing(spacing)(facade.path, steps, facade.steps_offset, 7.0)
