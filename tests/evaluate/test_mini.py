@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sfumato.data.icons import IconSet
-from sfumato.data.scenes import HUES, concepts
+from sfumato.data.scenes import HUES, Composer, Scene, concepts
 from sfumato.evaluate import mini
 from sfumato.evaluate.judge import Judge
 from sfumato.evaluate.prompts import NEVER, OWN, Prompt, read_prompts
@@ -128,8 +128,17 @@ def test_psnr_of_a_known_error() -> None:
     assert mini.reconstruction_psnr(Darker(), pictures) == pytest.approx(20, abs=1e-4)  # type: ignore[arg-type]
 
 
-def test_held_out_scenes_show_no_concept(shape_set: IconSet) -> None:
+def test_held_out_scenes_show_no_concept(shape_set: IconSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: set[str] = set()
+    draw = Composer.draw
+
+    def watched(self: Composer, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+        shown.update(thing.icon.code for thing in scene.things)
+        return draw(self, scene, rng)
+
+    monkeypatch.setattr(Composer, "draw", watched)
     scenes = mini.held_out_scenes(shape_set, count=4)
+    assert shown and not shown & set(concepts())
     assert scenes.shape == (4, 128, 128, 3) and scenes.dtype == np.uint8
     assert np.array_equal(scenes, mini.held_out_scenes(shape_set, count=4))
 
