@@ -12,13 +12,12 @@ from sfumato.data.scenes import (
     Composer,
     Scene,
     Thing,
-    a,
     concepts,
     dominating_hue,
     never_composed,
-    plural,
     rotate_hue,
 )
+from sfumato.data.words import a, plural
 
 
 def scene(discs: IconSet, *nouns: str, colour: str = "", **options: object) -> Scene:
@@ -55,6 +54,7 @@ def test_pairs_are_described_in_order(discs: IconSet) -> None:
 def test_words() -> None:
     wanted = {"palm tree": "palm trees", "mouse": "mice", "box": "boxes", "cherry": "cherries", "scissors": "scissors"}
     assert {noun: plural(noun) for noun in wanted} == wanted
+    assert plural("snowman") == "snowmen" and plural("wine glass") == "wine glasses"
     assert a("umbrella") == "an umbrella" and a("unicorn") == "a unicorn" and a("green scissors") == "green scissors"
 
 

@@ -216,3 +216,24 @@ def test_wrong_numbers_of_steps_are_refused() -> None:
         for steps in (0, 1001):
             with pytest.raises(ValueError, match="between 1 and 1000"):
                 scheduler.set_timesteps(steps)
+
+
+def test_timesteps_may_change_their_dtype_only() -> None:
+    """Well-known notebooks assign `scheduler.timesteps.to(torch.float32)`."""
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(10)
+    scheduler.timesteps = scheduler.timesteps.to(torch.float32)
+    assert scheduler.timesteps.dtype == torch.float32
+    x = torch.ones(1, 1, 2, 2)
+    assert torch.equal(scheduler.step(x, scheduler.timesteps[0], x).prev_sample, scheduler.step(x, 900, x).prev_sample)
+    with pytest.raises(ValueError, match="timesteps follow from set_timesteps"):
+        scheduler.timesteps = scheduler.timesteps + 1
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps.dtype == torch.int64
+
+
+def test_input_scaling_without_a_timestep() -> None:
+    x = torch.ones(1, 1, 2, 2)
+    assert DDIMScheduler().scale_model_input(x) is x
+    with pytest.raises(TypeError, match=r"EulerDiscreteScheduler\.scale_model_input needs the timestep"):
+        EulerDiscreteScheduler().scale_model_input(x)

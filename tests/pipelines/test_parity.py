@@ -18,7 +18,8 @@ PROMPT, NEGATIVE = "a red apple on a blue background", "two green frogs"
 
 @pytest.fixture(scope="module")
 def peer(tiny_folder: Path) -> Any:
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(tiny_folder), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe

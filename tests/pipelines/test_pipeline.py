@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import sfumato
-from sfumato.diffusion.named import EulerDiscreteScheduler
+from sfumato.diffusion.named import DDIMScheduler, EulerDiscreteScheduler
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.pipelines.pipeline import Pipeline, Progress
 from sfumato.pipelines.request import Request, parse
@@ -162,3 +162,13 @@ def test_runtime_choices() -> None:
         choose("cpu", "int8")
     with pytest.raises(ValueError, match="unknown device 'gpu'"):
         choose("gpu")
+
+
+def test_clipping_that_is_not_applied_is_refused(tiny_pipe: Pipeline) -> None:
+    before = tiny_pipe.scheduler
+    try:
+        tiny_pipe.scheduler = DDIMScheduler.from_config(before.config, clip_sample=True)
+        with pytest.raises(ValueError, match="clip_sample = true is for pixel models"):
+            tiny_pipe("a cat", seed=0, num_inference_steps=1)
+    finally:
+        tiny_pipe.scheduler = before

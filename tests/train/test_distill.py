@@ -18,11 +18,12 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
+from sfumato.data.words import plural
 from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
 from sfumato.text.tokenizer import ClipTokenizer, train_vocabulary
 from sfumato.train import distill as module
 from sfumato.train.distill import DistillConfig, batch_rows, distill, learning_rate, make_lessons
-from sfumato.train.phrases import Corpus, build_corpus, clean, plural, whole_words
+from sfumato.train.phrases import Corpus, build_corpus, clean, whole_words
 from sfumato.train.teacher import SentenceModel
 
 WORDS = ("dog", "cat", "apple", "car", "red", "blue", "green", "puppy", "bike", "gift", "tree", "house", "left", "two")

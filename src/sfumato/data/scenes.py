@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 from sfumato.data.icons import SIZE, Icon, IconSet
+from sfumato.data.words import a, plural
 
 DEFAULT_STYLE = "3d"
 
@@ -52,32 +53,6 @@ def concepts() -> dict[str, str]:
     text = resources.files(__package__).joinpath("concepts.yaml").read_text(encoding="utf-8")
     groups = yaml.load(text, yaml.BaseLoader)  # code points such as 2615 stay text
     return {code: noun for group in groups.values() for code, noun in group.items()}
-
-
-def plural(noun: str) -> str:
-    """The noun in the plural, by the rules that the concept list needs."""
-    irregular = {"mouse": "mice", "fish": "fish", "bread": "breads", "coffee": "coffees", "leaf": "leaves"}
-    head, _, last = noun.rpartition(" ")
-    last = last or noun
-    if noun in {"grapes", "cherries", "glasses", "scissors"}:
-        return noun
-    if last in irregular:
-        last = irregular[last]
-    elif last.endswith(("x", "s", "ss", "ch", "sh")) or last in {"tomato"}:
-        last += "es"
-    elif last.endswith("y") and last[-2] not in "aeiou":
-        last = last[:-1] + "ies"
-    else:
-        last += "s"
-    return f"{head} {last}".strip() if head else last
-
-
-def a(noun_phrase: str) -> str:
-    """The phrase with its indefinite article."""
-    if noun_phrase.split()[-1] in {"grapes", "cherries", "glasses", "scissors"}:
-        return noun_phrase
-    vowel = noun_phrase[0] in "aeio" or noun_phrase.startswith("umbrella")
-    return ("an " if vowel else "a ") + noun_phrase
 
 
 @dataclass(frozen=True)
@@ -119,7 +94,7 @@ class Scene:
             noun = f"{first.colour} {plural(first.noun)}".strip()
             text = f"{COUNTS[self.count]} {noun}"
         elif self.layout == "corner":
-            text = f"a small {first.phrase} in the {self.place} corner"
+            text = f"{a(f'small {first.phrase}')} in the {self.place} corner"
         elif self.layout == "beside":
             text = f"{a(first.phrase)} left of {a(self.things[1].phrase)}"
         elif self.layout == "above":

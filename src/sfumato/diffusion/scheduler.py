@@ -92,6 +92,7 @@ class Scheduler(Configured):
         self.device: torch.device | str | None = None
         self.begin_index: int | None = None
         self._plan: Plan | None = None
+        self._given: Tensor | None = None  # timesteps as the caller wants them: same times, other dtype or device
         self._evaluations: list[Point] = []
         self._places: dict[float, list[int]] = {}  # where in the evaluations each time stands
         self._steps: Steps | None = None
@@ -157,6 +158,7 @@ class Scheduler(Configured):
         plan = self.own_plan(steps)
         self._evaluations = evaluations(plan.sampler, plan.grid)
         self._places = {}
+        self._given = None
         for i, point in enumerate(self._evaluations):
             self._places.setdefault(self.time(point.t), []).append(i)
         self._plan = plan
@@ -175,8 +177,18 @@ class Scheduler(Configured):
     def timesteps(self) -> Tensor:
         """The network's time at each evaluation: int64, or float32 where times may be fractional."""
         _ = self.laid
+        if self._given is not None:
+            return self._given
         dtype = torch.int64 if self.integer_times else torch.float32
         return torch.tensor([p.t for p in self._evaluations], dtype=dtype, device=self.device)
+
+    @timesteps.setter
+    def timesteps(self, times: Tensor) -> None:
+        """Keep the same times in another dtype or on another device; ValueError for other times."""
+        own = self.timesteps
+        if own.shape != times.shape or not torch.equal(own.double().cpu(), times.double().cpu()):
+            raise ValueError("timesteps follow from set_timesteps; only their dtype and device can be assigned")
+        self._given = times
 
     @property
     def sigmas(self) -> Tensor:
@@ -190,8 +202,13 @@ class Scheduler(Configured):
         """What standard noise is multiplied by to give the first sample."""
         return self.laid.init_scale / self.scale(self.laid.grid[0])
 
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """What the network is to be shown of a sample."""
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """What the network is to be shown of a sample; schedulers that scale nothing need no timestep."""
+        if timestep is None:
+            if self.scale(self.laid.grid[0]) != 1.0:
+                name = type(self).__name__
+                raise TypeError(f"{name}.scale_model_input needs the timestep: its samples are x / alpha")
+            return sample
         return sample * self.scale(self.find(timestep))
 
     def step(

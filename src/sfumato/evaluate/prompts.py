@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from sfumato.data.icons import STYLES, Icon
-from sfumato.data.scenes import DEFAULT_STYLE, GROUNDS, HUES, Scene, Thing, a, concepts
+from sfumato.data.scenes import DEFAULT_STYLE, GROUNDS, HUES, Scene, Thing, concepts
+from sfumato.data.words import a
 
 T = TypeVar("T")
 OWN, NEVER, SYNONYMS = "own list", "never composed", "synonyms"

@@ -308,6 +308,12 @@ class Pipeline:
         return {text: encode_prompts(self.tokenizer, self.text_encoder, [text]) for text in texts}
 
     def _check(self, request: Request) -> None:
+        for option in ("clip_sample", "thresholding"):
+            if self.scheduler.config.get(option):
+                raise ValueError(
+                    f"the scheduler's {option} = true is for pixel models and is not applied to latents here; "
+                    f"set it to false in scheduler_config.json, or use the scheduler's own step()"
+                )
         for name in ("width", "height"):
             side, f = getattr(request, name), self.factor
             if side % f:

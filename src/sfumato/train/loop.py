@@ -112,6 +112,9 @@ class Loop(Generic[Module]):
                 f"{self.state_file} is the state of another network or one trained without averages; "
                 "restore the configuration that it was made with, or delete it"
             ) from None
+        fresh = make_optimizer(self.model, self.config)
+        for group, now in zip(self.optimizer.param_groups, fresh.param_groups, strict=True):
+            group["weight_decay"] = now["weight_decay"]  # the configuration's, not the checkpoint's
         self.step = state["step"]
 
     def save(self) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfumato.data.icons import read_emoji
+from sfumato.data.words import plural
 
 COLOURS = (
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray", "cyan",
@@ -137,15 +138,6 @@ def clean(name: str) -> str:
     return " ".join(re.sub(r"[^a-z0-9' -]", " ", name.lower().replace("_", " ").replace("’", "'")).split())
 
 
-def plural(noun: str) -> str:
-    """The regular English plural of the last word of `noun`."""
-    if re.search(r"(s|x|z|ch|sh)$", noun):
-        return noun + "es"
-    if re.search(r"[^aeiou]y$", noun):
-        return noun[:-1] + "ies"
-    return noun + "s"
-
-
 def _weights(labels: Sequence[str], tags: Sequence[str], common: Sequence[str], near: Sequence[str]) -> dict[str, int]:
     # Zipf's law stands in for counts; what pictures show and what captions consist of is lifted above it.
     weights = {word: max(2, 60_000 // (rank + 400)) for rank, word in enumerate(common)}
@@ -189,4 +181,4 @@ def _phrase(draw: random.Random, templates: Sequence[str], w: str, v: str) -> st
         size=draw.choice(SIZES),
         look=draw.choice(LOOKS),
     )
-    return re.sub(r"\ba (?=[aeiou])", "an ", text)
+    return re.sub(r"\ba (?=[aeio]|umbrella)", "an ", text)

@@ -188,7 +188,7 @@ def make_unet(recipe: Recipe, folder: Path, device: str, progress: Progress | No
             drawn = pipe(list(SAMPLE_PROMPTS), seed=0, num_inference_steps=12).images
             save(grid(drawn), folder / "samples" / f"{step:06d}.png")  # type: ignore[arg-type]
 
-        shards = sorted((folder / "cache").glob("latents-*.safetensors"))
+        shards = sorted((folder / "cache").glob("latents-*.safetensors"))[: recipe.cache.shards]
         unet = train_latent(
             UNetConfig.from_dict(part.config), LatentCache(shards), empty, scheduler.path, part.loop,
             place, part.loss, progress, sheet, device,
