@@ -30,7 +30,7 @@ class Preset:
         }
 
 
-MINI = Preset("mini", 128, 128, num_inference_steps=20, guidance_scale=5.0, sampler="dpmpp_2m")
+MINI = Preset("mini", 128, 128, num_inference_steps=20, guidance_scale=3.5, sampler="dpmpp_2m")
 SD1 = Preset("sd1", 512, 512, num_inference_steps=25, guidance_scale=7.5, sampler="dpmpp_2m")
 SD2 = Preset("sd2", 768, 768, num_inference_steps=25, guidance_scale=7.5, sampler="dpmpp_2m")
 # Told apart by the width of the text states that the U-Net reads.
