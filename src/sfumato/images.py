@@ -41,6 +41,11 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(rows).permute(0, 3, 1, 2).float() / 127.5 - 1.0  # (B, 3, H, W)
 
 
+def to_unit(pictures: Tensor) -> Tensor:
+    """uint8 pictures (B, H, W, 3) as float32 (B, 3, H, W) in [-1, 1], channels last in memory."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
     """A contact sheet, row by row, as square as it goes unless `columns` says otherwise; `gap` in pixels."""
     if not images:

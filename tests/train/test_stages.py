@@ -10,6 +10,7 @@ import torch
 
 from sfumato.diffusion.path import VPPath, betas
 from sfumato.diffusion.prediction import get_prediction
+from sfumato.images import to_unit
 from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.train.cache import LatentCache
@@ -17,7 +18,7 @@ from sfumato.train.latent import DenoiserLoss, start_plain, train_latent
 from sfumato.train.loop import LoopConfig
 from sfumato.train.objectives import DENSITIES, min_snr_v, x0_v
 from sfumato.train.recipe import read_recipe
-from sfumato.train.vae import crops, standardise, start_linear, to_unit
+from sfumato.train.vae import crops, standardise, start_linear
 from sfumato.weights.safe import write_tensors
 
 VAE = AutoencoderConfig(

@@ -23,6 +23,13 @@ from .scheduler import Plan, Scheduler
 from .table import TableScheduler, threshold
 
 
+def limited(scheduler: DDIMScheduler | DDPMScheduler, x0: Tensor) -> Tensor:
+    """The clean picture thresholded, clipped, or left alone, as the scheduler's options say."""
+    if scheduler.thresholding:
+        return threshold(x0, scheduler.dynamic_thresholding_ratio, scheduler.sample_max_value)
+    return x0.clamp(-scheduler.clip_sample_range, scheduler.clip_sample_range) if scheduler.clip_sample else x0
+
+
 @dataclass(eq=False)
 class DDIMScheduler(TableScheduler):
     """DDIM (Song et al. 2021); `step` takes eta."""
@@ -54,9 +61,7 @@ class DDIMScheduler(TableScheduler):
 
     def limit(self, x0: Tensor) -> Tensor:
         """Dynamic thresholding, or clipping, as configured."""
-        if self.thresholding:
-            return threshold(x0, self.dynamic_thresholding_ratio, self.sample_max_value)
-        return x0.clamp(-self.clip_sample_range, self.clip_sample_range) if self.clip_sample else x0
+        return limited(self, x0)
 
 
 @dataclass(eq=False)
@@ -91,9 +96,7 @@ class DDPMScheduler(TableScheduler):
 
     def limit(self, x0: Tensor) -> Tensor:
         """Dynamic thresholding, or clipping, as configured."""
-        if self.thresholding:
-            return threshold(x0, self.dynamic_thresholding_ratio, self.sample_max_value)
-        return x0.clamp(-self.clip_sample_range, self.clip_sample_range) if self.clip_sample else x0
+        return limited(self, x0)
 
 
 @dataclass(eq=False)

@@ -27,6 +27,7 @@ from sfumato.data.icons import IconSet
 from sfumato.data.scenes import GROUNDS, HUES, Composer, dominating_hue, rotate_hue
 from sfumato.evaluate.measure import SIDE, crop_object
 from sfumato.files import replacing
+from sfumato.images import to_unit
 from sfumato.train.loop import Loop, LoopConfig, Progress
 
 WEIGHTS = Path(__file__).parents[1] / "assets" / "judge.safetensors"
@@ -75,11 +76,6 @@ class Judge(nn.Module):
         if noun not in self.classes:
             raise ValueError(f"the judge knows no {noun!r}; it knows {len(self.classes)}: {', '.join(self.classes)}")
         return self.classes.index(noun)
-
-
-def to_unit(crops: Tensor) -> Tensor:
-    """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) in [-1, 1]."""
-    return crops.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def save_judge(judge: Judge, path: Path) -> None:

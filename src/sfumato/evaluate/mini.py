@@ -30,11 +30,11 @@ from PIL import Image
 from sfumato.data.icons import IconSet
 from sfumato.data.scenes import HUES, Composer, concepts, dominating_hue
 from sfumato.evaluate import measure
-from sfumato.evaluate.judge import Judge, load_judge, to_unit
+from sfumato.evaluate.judge import Judge, load_judge
 from sfumato.evaluate.prompts import NEVER, OWN, SYNONYMS, Prompt, read_prompts, thinned
 from sfumato.evaluate.report import Report, Row
 from sfumato.evaluate.sheet import contact_sheet
-from sfumato.images import check_suffix, save
+from sfumato.images import check_suffix, save, to_unit
 from sfumato.models.autoencoder import AutoencoderKL
 from sfumato.pipelines.pipeline import Pipeline, load
 from sfumato.pipelines.request import parse

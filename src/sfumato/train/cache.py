@@ -19,11 +19,11 @@ from torch import Tensor
 
 from sfumato.data.scenes import Composer
 from sfumato.files import write_json
+from sfumato.images import to_unit
 from sfumato.models.autoencoder import AutoencoderKL
 from sfumato.models.clip import CLIPTextModel
 from sfumato.text.tokenizer import ClipTokenizer
 from sfumato.train.loop import Progress
-from sfumato.train.vae import to_unit
 from sfumato.weights.safe import read_tensors, write_tensors
 
 

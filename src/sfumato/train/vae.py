@@ -11,14 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data.scenes import Composer
+from sfumato.images import to_unit
 from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from sfumato.models.layers import ResnetBlock2D
 from sfumato.train.loop import Loop, LoopConfig, Progress
-
-
-def to_unit(pictures: Tensor) -> Tensor:
-    """uint8 pictures (B, H, W, 3) as float32 (B, 3, H, W) in [-1, 1], channels last in memory."""
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 @dataclass(frozen=True)
