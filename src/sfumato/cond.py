@@ -14,7 +14,7 @@ class Cond:
     """What a network is told besides the noisy picture and its time; absent parts are None.
 
     context: token states (B, L, D), read by cross-attention or joint attention.
-    pooled:  one vector a picture (B, P): pooled text, size and crop, class.
+    pooled:  one vector a picture (B, P): pooled text, size and crop; an integer label (B, 1): class, noise level.
     concat:  extra input channels (B, C, H, W): mask, masked picture, depth, low resolution.
     """
 
@@ -32,8 +32,12 @@ class Cond:
         return tuple(None if p is None else tuple(p.shape[1:]) for p in self.parts)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
-        """The same value on another device or in another dtype."""
-        return Cond(*(None if p is None else p.to(device=device, dtype=dtype) for p in self.parts))
+        """The same value on another device, its floating-point parts in another dtype; labels stay integers."""
+
+        def moved(part: Tensor) -> Tensor:
+            return part.to(device=device, dtype=dtype if part.is_floating_point() else None)
+
+        return Cond(*(None if p is None else moved(p) for p in self.parts))
 
     def __getitem__(self, rows: slice) -> Cond:
         """The rows `rows` of the batch, as views."""

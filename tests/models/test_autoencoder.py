@@ -57,16 +57,21 @@ def test_config_survives_the_round_trip_through_diffusers() -> None:
     assert AutoencoderConfig.from_dict(c.to_dict()) == c
 
 
-def test_published_parameter_count() -> None:
+@pytest.mark.parametrize(
+    ("widths", "published"), [([128, 256, 512, 512], 83_653_863), ([128, 256, 512], 55_325_927)], ids=["f8", "f4"]
+)
+def test_published_parameter_counts(widths: list[int], published: int) -> None:
     raw = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "block_out_channels": widths,
         "layers_per_block": 2,
-        "sample_size": 512,
     }
     with torch.device("meta"):
-        assert count(AutoencoderKL(AutoencoderConfig.from_dict(raw))) == 83_653_863
+        ours = AutoencoderKL(AutoencoderConfig.from_dict(raw))
+        theirs = diffusers.AutoencoderKL.from_config(ours.config.to_dict())
+    assert ours.config.factor == 2 ** (len(widths) - 1)
+    assert count(ours) == count(theirs) == published
 
 
 @torch.no_grad()

@@ -21,11 +21,11 @@ OVERLAP = 0.25  # share of a tile that is blended with its neighbour
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
-    """The entries of `vae/config.json` for the autoencoders of the Stable Diffusion family.
+class CoderConfig:
+    """What the configs of the autoencoders have in common.
 
     sample_size: picture side the model was trained on; also the side of a tile.
-    scaling_factor, shift_factor: latents for diffusion are (z - shift) * scale.
+    scaling_factor: latents for diffusion are z * scale.
     force_upcast: says that the decoder overflows in float16. It is kept, not acted upon: choose another precision.
     """
 
@@ -40,23 +40,32 @@ class AutoencoderConfig:
     norm_num_groups: int = 32
     sample_size: int = 32
     scaling_factor: float = 0.18215
-    shift_factor: float | None = None
     force_upcast: bool = True
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
-        levels = len(self.block_out_channels)
+        name, levels = type(self).__name__, len(self.block_out_channels)
         blocks = ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels
-        check_choice("AutoencoderConfig: down_block_types", self.down_block_types, blocks[:1])
-        check_choice("AutoencoderConfig: up_block_types", self.up_block_types, blocks[1:])
-        check_choice("AutoencoderConfig: act_fn", self.act_fn, ("silu", "swish"))
+        check_choice(f"{name}: down_block_types", self.down_block_types, blocks[:1])
+        check_choice(f"{name}: up_block_types", self.up_block_types, blocks[1:])
+        check_choice(f"{name}: act_fn", self.act_fn, ("silu", "swish"))
 
     @property
     def factor(self) -> int:
         """Picture pixels a latent pixel, along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig(CoderConfig):
+    """The entries of `vae/config.json` for the autoencoders of the Stable Diffusion family.
+
+    shift_factor: latents for diffusion are (z - shift) * scale.
+    """
+
+    shift_factor: float | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> AutoencoderConfig:
@@ -118,7 +127,7 @@ class DecoderOutput:
 class DownEncoderBlock2D(nn.Module):
     """Residual blocks at one resolution, then a halving."""
 
-    def __init__(self, c: AutoencoderConfig, in_channels: int, out_channels: int, down: bool) -> None:
+    def __init__(self, c: CoderConfig, in_channels: int, out_channels: int, down: bool) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * (c.layers_per_block - 1)
         self.resnets = nn.ModuleList([ResnetBlock2D(w, out_channels, c.norm_num_groups, EPS) for w in widths])
@@ -133,7 +142,7 @@ class DownEncoderBlock2D(nn.Module):
 class UpDecoderBlock2D(nn.Module):
     """Residual blocks at one resolution, one more than in the encoder, then a doubling."""
 
-    def __init__(self, c: AutoencoderConfig, in_channels: int, out_channels: int, up: bool) -> None:
+    def __init__(self, c: CoderConfig, in_channels: int, out_channels: int, up: bool) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * c.layers_per_block
         self.resnets = nn.ModuleList([ResnetBlock2D(w, out_channels, c.norm_num_groups, EPS) for w in widths])
@@ -148,7 +157,7 @@ class UpDecoderBlock2D(nn.Module):
 class MidBlock2D(nn.Module):
     """Residual block, attention over all pixels when the config asks for it, residual block."""
 
-    def __init__(self, c: AutoencoderConfig, channels: int) -> None:
+    def __init__(self, c: CoderConfig, channels: int) -> None:
         super().__init__()
         attention = c.mid_block_add_attention
         self.attentions = nn.ModuleList(
@@ -163,9 +172,9 @@ class MidBlock2D(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Picture to the moments of the latent's distribution: (B, 3, H, W) -> (B, 2 Z, h, w)."""
+    """Picture to `out_channels` numbers a latent pixel: (B, 3, H, W) -> (B, C_out, h, w)."""
 
-    def __init__(self, c: AutoencoderConfig) -> None:
+    def __init__(self, c: CoderConfig, out_channels: int) -> None:
         super().__init__()
         widths = c.block_out_channels
         last = len(widths) - 1
@@ -175,20 +184,20 @@ class Encoder(nn.Module):
         )
         self.mid_block = MidBlock2D(c, widths[-1])
         self.conv_norm_out = GroupNorm(c.norm_num_groups, widths[-1], EPS, silu=True)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)  # (B, C_0, H, W)
         for block in self.down_blocks:
             h = block(h)
         h = self.mid_block(h)  # (B, C_last, h, w)
-        return self.conv_out(self.conv_norm_out(h))  # (B, 2 Z, h, w)
+        return self.conv_out(self.conv_norm_out(h))  # (B, C_out, h, w)
 
 
 class Decoder(nn.Module):
     """Latent to picture: (B, Z, h, w) -> (B, 3, H, W)."""
 
-    def __init__(self, c: AutoencoderConfig) -> None:
+    def __init__(self, c: CoderConfig) -> None:
         super().__init__()
         widths = c.block_out_channels[::-1]
         last = len(widths) - 1
@@ -207,39 +216,80 @@ class Decoder(nn.Module):
         return self.conv_out(self.conv_norm_out(h))  # (B, 3, H, W)
 
 
-class AutoencoderKL(nn.Module):
+class Coder(nn.Module):
+    """Encoder and decoder, on whole pictures or in tiles; the classes below say what lies between them.
+
+    They give `quant_conv` and `post_quant_conv`, and encode and decode through `_encoded` and `_decoded`.
+    """
+
+    quant_conv: nn.Module
+    post_quant_conv: nn.Module
+
+    def __init__(self, config: CoderConfig, encoded: int) -> None:
+        super().__init__()
+        self.tile: int | None = None  # side of a tile in picture pixels while tiling is on
+        self._sample_size, self._factor = config.sample_size, config.factor
+        self.encoder = Encoder(config, encoded)
+        self.decoder = Decoder(config)
+
+    def enable_tiling(self, tile: int | None = None) -> None:
+        """Work in overlapping tiles of `tile` pixels a side (default: the config's sample_size).
+
+        Memory then follows the tile instead of the picture; a picture no larger than a tile is unaffected.
+        """
+        tile = self._sample_size if tile is None else tile
+        f = self._factor
+        if tile % f or tile < 4 * f:
+            raise ValueError(f"tile = {tile}; use a multiple of {f}, at least {4 * f}")
+        self.tile = tile
+
+    def disable_tiling(self) -> None:
+        """Work on whole pictures again."""
+        self.tile = None
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        """What the encoder says of a picture (B, 3, H, W), after `quant_conv`: (B, C_out, h, w)."""
+        f = self._factor
+        if x.shape[2] % f or x.shape[3] % f:
+            raise ValueError(f"picture of {x.shape[3]}x{x.shape[2]} pixels; use multiples of {f}")
+        if self.tile is not None and max(x.shape[2:]) > self.tile:
+            return tiled(self._encode_tile, x, self.tile, self.tile // f)
+        return self._encode_tile(x)
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        """The picture (B, 3, H, W) of what goes into `post_quant_conv`, (B, Z, h, w)."""
+        f = self._factor
+        if self.tile is not None and max(z.shape[2:]) > self.tile // f:
+            return tiled(self._decode_tile, z, self.tile // f, self.tile)
+        return self._decode_tile(z)
+
+    def _encode_tile(self, x: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(x))
+
+    def _decode_tile(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+
+class AutoencoderKL(Coder):
     """Pictures (B, 3, H, W) in [-1, 1] to latents (B, Z, h, w) and back; parameters named as in `vae/`.
 
     `encode` and `decode` are raw; `to_latents` and `to_pixels` apply the config's shift and scale as well.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.tile: int | None = None  # side of a tile in picture pixels while tiling is on
         z = config.latent_channels
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        super().__init__(config, 2 * z)
+        self.config = config
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if config.use_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(z, z, 1) if config.use_post_quant_conv else nn.Identity()
 
     def encode(self, x: Tensor) -> EncoderOutput:
         """The distribution of the raw latent of a picture (B, 3, H, W); H and W must be multiples of f."""
-        f = self.config.factor
-        if x.shape[2] % f or x.shape[3] % f:
-            raise ValueError(f"picture of {x.shape[3]}x{x.shape[2]} pixels; use multiples of {f}")
-        if self.tile is not None and max(x.shape[2:]) > self.tile:
-            moments = tiled(self._moments, x, self.tile, self.tile // f)
-        else:
-            moments = self._moments(x)  # (B, 2 Z, h, w)
-        return EncoderOutput(DiagonalGaussian(moments))
+        return EncoderOutput(DiagonalGaussian(self._encoded(x)))  # moments (B, 2 Z, h, w)
 
     def decode(self, z: Tensor) -> DecoderOutput:
         """The picture (B, 3, H, W) of a raw latent (B, Z, h, w)."""
-        f = self.config.factor
-        if self.tile is not None and max(z.shape[2:]) > self.tile // f:
-            return DecoderOutput(tiled(self._pixels, z, self.tile // f, self.tile))
-        return DecoderOutput(self._pixels(z))
+        return DecoderOutput(self._decoded(z))
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
         """Reconstruct a picture through a sampled latent; returns it and the latent's distribution."""
@@ -254,27 +304,6 @@ class AutoencoderKL(nn.Module):
     def to_pixels(self, z: Tensor) -> Tensor:
         """Pictures of diffusion latents, z / scale + shift decoded: (B, Z, h, w) -> (B, 3, H, W)."""
         return self.decode(z / self.config.scaling_factor + (self.config.shift_factor or 0.0)).sample
-
-    def enable_tiling(self, tile: int | None = None) -> None:
-        """Work in overlapping tiles of `tile` pixels a side (default: the config's sample_size).
-
-        Memory then follows the tile instead of the picture; a picture no larger than a tile is unaffected.
-        """
-        tile = self.config.sample_size if tile is None else tile
-        f = self.config.factor
-        if tile % f or tile < 4 * f:
-            raise ValueError(f"tile = {tile}; use a multiple of {f}, at least {4 * f}")
-        self.tile = tile
-
-    def disable_tiling(self) -> None:
-        """Work on whole pictures again."""
-        self.tile = None
-
-    def _moments(self, x: Tensor) -> Tensor:
-        return self.quant_conv(self.encoder(x))
-
-    def _pixels(self, z: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(z))
 
 
 def tiled(net: Callable[[Tensor], Tensor], x: Tensor, tile: int, out_tile: int) -> Tensor:

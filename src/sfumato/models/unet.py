@@ -1,4 +1,4 @@
-"""The conditional U-Net of Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Ho et al. 2020, appendix B).
+"""The U-Net of latent diffusion and Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Ho et al. 2020, appendix B).
 
 B batch, C channels, H W height and width of the (latent) picture, K tokens and D width of the context,
 E width of the time embedding, x the noisy picture, t the network's time.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sfumato.cond import Cond
 from sfumato.models.config import check_choice, per_level, read_config, write_config
 from sfumato.models.layers import (
+    Attention,
     Downsample2D,
     GroupNorm,
     ResnetBlock2D,
@@ -25,24 +26,26 @@ from sfumato.models.layers import (
     sinusoidal,
 )
 
-# Options of diffusers' UNet2DConditionModel for which Stable Diffusion 1.x and 2.x need one value only.
+# Options of diffusers' UNet2DConditionModel and UNet2DModel for which our models need one value only.
 FIXED: dict[str, tuple[Any, ...]] = {
+    "add_attention": (True,),
     "addition_embed_type": (None,),
     "addition_embed_type_num_heads": (64,),
     "addition_time_embed_dim": (None,),
     "attention_type": ("default",),
+    "attn_norm_num_groups": (None,),
     "class_embed_type": (None,),
     "class_embeddings_concat": (False,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "cross_attention_norm": (None,),
+    "downsample_type": ("conv",),
     "dropout": (0.0,),
     "dual_cross_attention": (False,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
     "mid_block_only_cross_attention": (None, False),
     "num_attention_heads": (None,),
-    "num_class_embeds": (None,),
     "projection_class_embeddings_input_dim": (None,),
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
@@ -53,9 +56,28 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
+    "upsample_type": ("conv",),
 }
-DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
-UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+# Block types by class: those of UNet2DConditionModel, those of UNet2DModel.
+DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D"), ("DownBlock2D", "AttnDownBlock2D")
+UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D"), ("UpBlock2D", "AttnUpBlock2D")
+MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"), ("UNetMidBlock2D",)
+# Where the defaults of UNet2DModel are others, and the options that it does not have.
+UNCONDITIONAL: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownBlock2D",) + ("AttnDownBlock2D",) * 3,
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ("AttnUpBlock2D",) * 3 + ("UpBlock2D",),
+    "block_out_channels": (224, 448, 672, 896),
+}
+CONTEXT_OPTIONS = (
+    "cross_attention_dim",
+    "only_cross_attention",
+    "transformer_layers_per_block",
+    "upcast_attention",
+    "use_linear_projection",
+)
 PER_LEVEL = ("layers_per_block", "only_cross_attention", "transformer_layers_per_block", "attention_head_dim")
 
 
@@ -67,6 +89,9 @@ class UNetConfig:
     a level: the name is an old slip that all published configs carry. `layers_per_block`,
     `only_cross_attention` and `transformer_layers_per_block` also take one value or one a level.
     `sample_size` is the side of the latents the model was trained on; the network takes any.
+    `num_class_embeds` is the number of classes (noise levels, for an upscaler) that `cond.pooled` may name.
+    `unconditional` stands for diffusers' class UNet2DModel: attention without context, also in the middle, and
+    `attention_head_dim` is what its name says, channels a head; None makes one head.
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -88,13 +113,16 @@ class UNetConfig:
     norm_eps: float = 1e-5
     cross_attention_dim: int = 1280
     transformer_layers_per_block: int | tuple[int, ...] = 1
-    attention_head_dim: int | tuple[int, ...] = 8
+    attention_head_dim: int | tuple[int, ...] | None = 8
     use_linear_projection: bool = False
     upcast_attention: bool = False
+    num_class_embeds: int | None = None
+    unconditional: bool = False
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
-        for name, allowed in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+        kind = int(self.unconditional)
+        for name, allowed in (("down_block_types", DOWN_BLOCKS[kind]), ("up_block_types", UP_BLOCKS[kind])):
             blocks = getattr(self, name)
             if len(blocks) != levels:
                 raise ValueError(
@@ -103,8 +131,9 @@ class UNetConfig:
                 )
             for block in blocks:
                 check_choice(f"UNetConfig: {name} entry", block, allowed)
-        mids = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
-        check_choice("UNetConfig: mid_block_type", self.mid_block_type, mids)
+        check_choice("UNetConfig: mid_block_type", self.mid_block_type, MID_BLOCKS[kind])
+        if self.unconditional:
+            check_choice("UNetConfig: mid_block_scale_factor", self.mid_block_scale_factor, (1.0,))
         check_choice("UNetConfig: act_fn", self.act_fn, ("silu", "swish"))
         check_choice("UNetConfig: downsample_padding", self.downsample_padding, (0, 1))
         if not isinstance(self.cross_attention_dim, int):
@@ -113,6 +142,8 @@ class UNetConfig:
             )
         for name in PER_LEVEL:
             self.levels(name)
+        if not self.unconditional and None in self.levels("attention_head_dim"):
+            raise ValueError(f"UNetConfig: attention_head_dim = {self.attention_head_dim!r}; give the number of heads")
 
     def levels(self, name: str) -> tuple[Any, ...]:
         """The option `name` as one value a level, finest first."""
@@ -126,22 +157,30 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> UNetConfig:
-        """Read the entries of a `config.json`; ValueError on an option that is not implemented."""
-        return read_config(cls, raw, FIXED)
+        """Read the entries of a `config.json`; ValueError on an option that is not implemented.
+
+        The note `_class_name` decides between UNet2DConditionModel (also without the note) and UNet2DModel.
+        """
+        if raw.get("_class_name") != "UNet2DModel":
+            return read_config(cls, raw, FIXED)
+        rest = {k: v for k, v in raw.items() if k != "num_train_timesteps"}  # only a learned time embedding reads it
+        return read_config(cls, {**UNCONDITIONAL, "unconditional": True, **rest}, FIXED)
 
     def to_dict(self) -> dict[str, Any]:
         """The entries of a `config.json` that diffusers opens as well."""
-        return write_config(self, "UNet2DConditionModel")
+        written = write_config(self, "UNet2DModel" if self.unconditional else "UNet2DConditionModel")
+        absent = ("unconditional", *CONTEXT_OPTIONS) if self.unconditional else ("unconditional",)
+        return {name: value for name, value in written.items() if name not in absent}
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by cross-attention where the level has it."""
+    """Residual blocks at one resolution, each followed by attention where the level has it."""
 
     def __init__(self, c: UNetConfig, level: int, ins: list[int], attend: bool) -> None:
         super().__init__()
         width = c.block_out_channels[level]
         self.resnets = nn.ModuleList([resnet(c, channels, width) for channels in ins])
-        self.attentions = nn.ModuleList([transformer(c, level) for _ in ins] if attend else [])
+        self.attentions = nn.ModuleList([attention(c, level) for _ in ins] if attend else [])
 
     def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
         """Residual block i and its attention: (B, C_in, H, W) -> (B, C_out, H, W)."""
@@ -150,13 +189,13 @@ class Level(nn.Module):
 
 
 class DownBlock(Level):
-    """DownBlock2D and CrossAttnDownBlock2D: one level on the way down, halving but at the last level."""
+    """DownBlock2D, CrossAttnDownBlock2D, AttnDownBlock2D: one level on the way down, halving but at the last level."""
 
     def __init__(self, c: UNetConfig, level: int) -> None:
         width = c.block_out_channels[level]
         before = c.block_out_channels[max(level - 1, 0)]
         layers = c.levels("layers_per_block")[level]
-        attend = "CrossAttn" in c.down_block_types[level]
+        attend = "Attn" in c.down_block_types[level]
         super().__init__(c, level, [before] + [width] * (layers - 1), attend)
         last = level == len(c.block_out_channels) - 1
         self.downsamplers = nn.ModuleList([] if last else [Downsample2D(width, c.downsample_padding)])
@@ -174,14 +213,14 @@ class DownBlock(Level):
 
 
 class MidBlock(Level):
-    """UNetMidBlock2DCrossAttn (residual, attention, residual) or UNetMidBlock2D (one residual block)."""
+    """Residual block, attention, residual block; one residual block for UNetMidBlock2D of a network with context."""
 
     def __init__(self, c: UNetConfig) -> None:
         nn.Module.__init__(self)
         width = c.block_out_channels[-1]
         last = len(c.block_out_channels) - 1
-        attend = c.mid_block_type == "UNetMidBlock2DCrossAttn"
-        self.attentions = nn.ModuleList([transformer(c, last, mid=True)] if attend else [])
+        attend = c.mid_block_type == "UNetMidBlock2DCrossAttn" or c.unconditional
+        self.attentions = nn.ModuleList([attention(c, last, mid=True)] if attend else [])
         self.resnets = nn.ModuleList(
             [resnet(c, width, width, c.mid_block_scale_factor) for _ in range(2 if attend else 1)]
         )
@@ -194,7 +233,7 @@ class MidBlock(Level):
 
 
 class UpBlock(Level):
-    """UpBlock2D and CrossAttnUpBlock2D: one level on the way up, then a doubling but at the finest level.
+    """UpBlock2D, CrossAttnUpBlock2D, AttnUpBlock2D: one level on the way up, then a doubling but at the finest level.
 
     Each layer reads the running picture beside one of the pictures that the way down left behind.
     """
@@ -205,7 +244,7 @@ class UpBlock(Level):
         layers = c.levels("layers_per_block")[level] + 1
         running = [widths[min(level + 1, last)]] + [width] * (layers - 1)
         skips = [width] * (layers - 1) + [widths[max(level - 1, 0)]]
-        attend = "CrossAttn" in c.up_block_types[last - level]
+        attend = "Attn" in c.up_block_types[last - level]
         super().__init__(c, level, [r + s for r, s in zip(running, skips, strict=True)], attend)
         self.upsamplers = nn.ModuleList([Upsample2D(width)] if level > 0 else [])
 
@@ -229,6 +268,7 @@ class UNet(nn.Module):
         levels = range(len(widths))
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        self.class_embedding = None if c.num_class_embeds is None else nn.Embedding(c.num_class_embeds, 4 * widths[0])
         self.down_blocks = nn.ModuleList([DownBlock(c, level) for level in levels])
         self.mid_block = MidBlock(c)
         self.up_blocks = nn.ModuleList([UpBlock(c, level) for level in reversed(levels)])
@@ -240,12 +280,15 @@ class UNet(nn.Module):
 
         x: (B, C, H, W) with the model's latent channels; `cond.concat` adds further input channels.
         t: time as a number or tensor, one for all or one a picture (B,).
-        cond: context (B, K, D) when the config has cross-attention.
+        cond: context (B, K, D) when the config has cross-attention; pooled (B, 1) with integer labels when it has
+        num_class_embeds.
         Returns (B, C_out, H, W). Raises ValueError when the condition does not fit the config.
         """
         c = self.config
         context = self._context(cond)
         temb = self._time(x, t)  # (B, E)
+        if self.class_embedding is not None or cond.pooled is not None:
+            temb = temb + self._class(cond)
         x = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)  # (B, C_in, H, W)
         if x.shape[1] != c.in_channels:
             raise ValueError(f"input of {x.shape[1]} channels; this U-Net takes {c.in_channels}")
@@ -267,6 +310,21 @@ class UNet(nn.Module):
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(x.shape[0])  # (B,)
         features = sinusoidal(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)  # (B, C_0)
         return self.time_embedding(features.to(x.dtype))  # (B, E)
+
+    def _class(self, cond: Cond) -> Tensor:
+        labels, known = cond.pooled, self.config.num_class_embeds
+        if self.class_embedding is None or known is None:
+            raise ValueError("cond.pooled is given, but this U-Net has no class embedding; leave it None")
+        if labels is None or labels.is_floating_point() or labels.shape[1:] != (1,):
+            found = "None" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
+            raise ValueError(
+                f"cond.pooled is {found}, but this U-Net has a class embedding; "
+                f"give integer labels (B, 1) from 0 to {known - 1}"
+            )
+        low, high = labels.min().item(), labels.max().item()
+        if low < 0 or high >= known:
+            raise ValueError(f"class label {low if low < 0 else high} in cond.pooled; use 0 to {known - 1}")
+        return self.class_embedding(labels[:, 0])  # (B, E)
 
     def _context(self, cond: Cond) -> Tensor | None:
         c = self.config
@@ -291,8 +349,14 @@ def resnet(c: UNetConfig, in_channels: int, out_channels: int, out_scale: float 
     return ResnetBlock2D(in_channels, out_channels, c.norm_num_groups, c.norm_eps, time_channels, out_scale)
 
 
-def transformer(c: UNetConfig, level: int, mid: bool = False) -> Transformer2DModel:
+def attention(c: UNetConfig, level: int, mid: bool = False) -> Attention | Transformer2DModel:
     """The attention of one level, or of the middle, which `only_cross_attention` does not concern."""
+    if c.unconditional:
+        width = c.block_out_channels[level]
+        size = c.levels("attention_head_dim")[level] or width
+        if width % size:
+            raise ValueError(f"UNetConfig: attention_head_dim = {size} does not divide {width} channels; use a divisor")
+        return Attention(width, width // size, bias=True, groups=c.norm_num_groups, eps=c.norm_eps)
     return Transformer2DModel(
         channels=c.block_out_channels[level],
         heads=c.levels("attention_head_dim")[level],
