@@ -1,21 +1,57 @@
-"""What each released model prefers when a request leaves it open."""
+"""One frozen `Preset` for each released model: its networks, its schedule, and what it prefers.
+
+A model in one file says nothing of its configuration; the preset that its shapes match supplies it. Variants are
+made with `dataclasses.replace`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from sfumato.models.autoencoder import AutoencoderConfig
+from sfumato.models.bert import LDMBertConfig
+from sfumato.models.classes import ClassEmbedderConfig
+from sfumato.models.clip import CLIPTextConfig
+from sfumato.models.unet import UNetConfig
+from sfumato.models.vq import VQConfig
+
+Task = Literal["text", "inpaint", "depth", "instruct", "upscale", "class", "unconditional"]
+VAEConfig = AutoencoderConfig | VQConfig
+TextConfig = CLIPTextConfig | LDMBertConfig | ClassEmbedderConfig
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The defaults of one model; sizes in pixels, spacing None stands for the scheduler's own."""
+    """A model: what it is built from, and the defaults of a request to it.
+
+    pipeline:     the class that `model_index.json` names for such a folder.
+    task:         what the network is given besides the noisy latent and the text, see `pipelines/start.py`.
+    text:         the text tower's configuration; None for a model without a condition.
+    scheduler:    the entries of `scheduler_config.json`; low_res_scheduler: likewise, of the noise that the
+                  upscaler's picture is given.
+    ema:          whether sampling was published with the averaged weights, where a file holds both kinds.
+    width, height in pixels; spacing None stands for the scheduler's own.
+    """
 
     name: str
+    title: str
+    pipeline: str
+    task: Task
+    unet: UNetConfig
+    vae: VAEConfig
+    text: TextConfig | None
+    scheduler: Mapping[str, Any]
     width: int
     height: int
-    num_inference_steps: int
-    guidance_scale: float
-    sampler: str
+    low_res_scheduler: Mapping[str, Any] | None = None
+    ema: bool = False
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    sampler: str = "dpmpp_2m"
     spacing: str | None = None
 
     def defaults(self) -> dict[str, int | float | str | None]:
@@ -29,41 +65,340 @@ class Preset:
             "spacing": self.spacing,
         }
 
+    @property
+    def prediction(self) -> str:
+        """What the network predicts, by the name that configs use."""
+        return str(self.scheduler.get("prediction_type", "epsilon"))
 
-MINI = Preset("mini", 128, 128, num_inference_steps=20, guidance_scale=3.5, sampler="dpmpp_2m")
-SD1 = Preset("sd1", 512, 512, num_inference_steps=25, guidance_scale=7.5, sampler="dpmpp_2m")
-SD2 = Preset("sd2", 768, 768, num_inference_steps=25, guidance_scale=7.5, sampler="dpmpp_2m")
-# Told apart by the width of the text states that the U-Net reads.
-BY_CONTEXT = {256: MINI, 768: SD1, 1024: SD2}
+    def predicting(self, prediction: str) -> Preset:
+        """The same model with another prediction type."""
+        return replace(self, scheduler=frozen(self.scheduler, prediction_type=prediction))
+
+
+def frozen(entries: Mapping[str, Any], **changes: Any) -> Mapping[str, Any]:
+    """A read-only copy of some entries with changes."""
+    return MappingProxyType({**entries, **changes})
+
+
+# Stable Diffusion 1.x: https://github.com/CompVis/stable-diffusion, configs/stable-diffusion/v1-inference.yaml,
+# and the model folders that were published with it.
+
+SD_SCHEDULE = frozen(
+    {
+        "_class_name": "PNDMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "prediction_type": "epsilon",
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+    }
+)
+# The later folders name DDIM, which is told not to clip latents.
+V_SCHEDULE = frozen(
+    {name: value for name, value in SD_SCHEDULE.items() if name != "skip_prk_steps"},
+    _class_name="DDIMScheduler",
+    clip_sample=False,
+    prediction_type="v_prediction",
+)
+SD_VAE = AutoencoderConfig(
+    block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=2,
+    sample_size=512,
+    force_upcast=False,
+)
+CLIP_L = CLIPTextConfig(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    projection_dim=768,
+    bos_token_id=0,
+    eos_token_id=2,  # as in the published folders: "the largest id"
+)
+SD15 = Preset(
+    name="sd15",
+    title="Stable Diffusion 1.x",
+    pipeline="StableDiffusionPipeline",
+    task="text",
+    unet=UNetConfig(sample_size=64, cross_attention_dim=768),
+    vae=SD_VAE,
+    text=CLIP_L,
+    scheduler=SD_SCHEDULE,
+    width=512,
+    height=512,
+)
+SD15_INPAINT = replace(
+    SD15,
+    name="sd15-inpaint",
+    title="Stable Diffusion 1.5 inpainting",
+    pipeline="StableDiffusionInpaintPipeline",
+    task="inpaint",
+    unet=replace(SD15.unet, in_channels=9),
+)
+PIX2PIX = replace(
+    SD15,
+    name="pix2pix",
+    title="InstructPix2Pix",
+    pipeline="StableDiffusionInstructPix2PixPipeline",
+    task="instruct",
+    unet=replace(SD15.unet, in_channels=8),
+    scheduler=frozen(
+        {name: SD_SCHEDULE[name] for name in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")},
+        _class_name="EulerAncestralDiscreteScheduler",
+        prediction_type="epsilon",
+        steps_offset=1,
+    ),
+    sampler="euler_a",
+)
+
+# Stable Diffusion 2.x: https://github.com/Stability-AI/stablediffusion, configs/stable-diffusion/v2-*.yaml.
+# The weights do not tell 2.0 from 2.1, so attention is computed in float32 as 2.1 needs it in half precision.
+
+OPENCLIP_H = CLIPTextConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=23,  # of 24: the last but one is read
+    num_attention_heads=16,
+    hidden_act="gelu",
+    projection_dim=512,
+    bos_token_id=0,
+    eos_token_id=2,
+)
+SD21 = Preset(
+    name="sd21",
+    title="Stable Diffusion 2.x (768)",
+    pipeline="StableDiffusionPipeline",
+    task="text",
+    unet=UNetConfig(
+        sample_size=96,
+        cross_attention_dim=1024,
+        attention_head_dim=(5, 10, 20, 20),
+        use_linear_projection=True,
+        upcast_attention=True,
+    ),
+    vae=replace(SD_VAE, sample_size=768),
+    text=OPENCLIP_H,
+    scheduler=V_SCHEDULE,
+    width=768,
+    height=768,
+)
+SD21_BASE = replace(
+    SD21,
+    name="sd21-base",
+    title="Stable Diffusion 2.x base (512)",
+    unet=replace(SD21.unet, sample_size=64),
+    vae=SD_VAE,
+    scheduler=SD_SCHEDULE,
+    width=512,
+    height=512,
+)
+SD2_INPAINT = replace(
+    SD21_BASE,
+    name="sd2-inpaint",
+    title="Stable Diffusion 2 inpainting",
+    pipeline="StableDiffusionInpaintPipeline",
+    task="inpaint",
+    unet=replace(SD21_BASE.unet, in_channels=9),
+)
+SD2_DEPTH = replace(
+    SD21_BASE,
+    name="sd2-depth",
+    title="Stable Diffusion 2 depth to image",
+    pipeline="StableDiffusionDepth2ImgPipeline",
+    task="depth",
+    unet=replace(SD21_BASE.unet, in_channels=5),
+)
+UPSCALER_SCHEDULE = frozen(V_SCHEDULE, beta_start=0.0001, beta_end=0.02)
+UPSCALER = replace(
+    SD21,
+    name="x4-upscaler",
+    title="Stable Diffusion x4 upscaler",
+    pipeline="StableDiffusionUpscalePipeline",
+    task="upscale",
+    unet=UNetConfig(
+        sample_size=128,
+        in_channels=7,
+        block_out_channels=(256, 512, 512, 1024),
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
+        only_cross_attention=(True, True, True, False),
+        cross_attention_dim=1024,
+        attention_head_dim=8,
+        use_linear_projection=True,
+        num_class_embeds=1000,
+    ),
+    vae=replace(
+        SD_VAE,
+        block_out_channels=(128, 256, 512),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        sample_size=256,
+        scaling_factor=0.08333,
+    ),
+    scheduler=UPSCALER_SCHEDULE,
+    low_res_scheduler=frozen(
+        {name: UPSCALER_SCHEDULE[name] for name in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")},
+        _class_name="DDPMScheduler",
+    ),
+    width=512,
+    height=512,
+    guidance_scale=9.0,
+)
+
+# Latent diffusion, the ancestors: https://github.com/CompVis/latent-diffusion, models/ldm/*/config.yaml and
+# configs/latent-diffusion/{cin256-v2,txt2img-1p4B-eval}.yaml.
+
+VQ_F4 = VQConfig(
+    block_out_channels=(128, 256, 512),
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+    layers_per_block=2,
+    latent_channels=3,
+    num_vq_embeddings=8192,
+    sample_size=256,
+    scaling_factor=1.0,
+)
+LDM_SCHEDULE = frozen(V_SCHEDULE, prediction_type="epsilon")
+IMAGE_SCHEDULE = frozen(LDM_SCHEDULE, beta_start=0.0015, beta_end=0.0195)
+LDM_TEXT = Preset(
+    name="ldm-text",
+    title="Latent diffusion, text to image 1.4B",
+    pipeline="LDMTextToImagePipeline",
+    task="text",
+    unet=UNetConfig(sample_size=32, cross_attention_dim=1280),
+    vae=replace(SD_VAE, sample_size=256),
+    text=LDMBertConfig(),
+    scheduler=LDM_SCHEDULE,
+    width=256,
+    height=256,
+    ema=True,
+    num_inference_steps=50,
+    guidance_scale=5.0,
+    sampler="ddim",
+)
+LDM_CLASS = Preset(
+    name="ldm-class",
+    title="Latent diffusion, ImageNet classes",
+    pipeline="LDMClassToImagePipeline",
+    task="class",
+    unet=UNetConfig(
+        sample_size=64,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(192, 384, 576, 960),
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
+        cross_attention_dim=512,
+        attention_head_dim=1,
+    ),
+    vae=VQ_F4,
+    text=ClassEmbedderConfig(),
+    scheduler=IMAGE_SCHEDULE,
+    width=256,
+    height=256,
+    ema=True,
+    num_inference_steps=50,
+    guidance_scale=3.0,
+    sampler="ddim",
+)
+LDM_FACES = Preset(
+    name="ldm-unconditional",
+    title="Latent diffusion, unconditional",
+    pipeline="LDMPipeline",
+    task="unconditional",
+    unet=UNetConfig.from_dict(
+        {
+            "_class_name": "UNet2DModel",
+            "sample_size": 64,
+            "in_channels": 3,
+            "out_channels": 3,
+            "block_out_channels": [224, 448, 672, 896],
+            "down_block_types": ["DownBlock2D"] + ["AttnDownBlock2D"] * 3,
+            "up_block_types": ["AttnUpBlock2D"] * 3 + ["UpBlock2D"],
+            "layers_per_block": 2,
+            "attention_head_dim": 32,
+        }
+    ),
+    vae=VQ_F4,
+    text=None,
+    scheduler=IMAGE_SCHEDULE,
+    width=256,
+    height=256,
+    ema=True,
+    num_inference_steps=50,
+    guidance_scale=1.0,
+    sampler="ddim",
+)
+
+# The model inside the package is a folder with its own configurations; only what it prefers is said here.
+MINI = replace(
+    SD15,
+    name="mini",
+    title="the built-in model",
+    unet=replace(SD15.unet, cross_attention_dim=256),
+    width=128,
+    height=128,
+    num_inference_steps=20,
+    guidance_scale=3.5,
+)
+
+PRESETS: tuple[Preset, ...] = (
+    SD15,
+    SD15_INPAINT,
+    PIX2PIX,
+    SD21,
+    SD21_BASE,
+    SD2_INPAINT,
+    SD2_DEPTH,
+    UPSCALER,
+    LDM_TEXT,
+    LDM_CLASS,
+    LDM_FACES,
+    MINI,
+)
 BUILT_IN = {"mini": Path(__file__).parent / "assets" / "mini"}
 
 
-def detect(cross_attention_dim: int | tuple[int, ...], side: int, spacing: str) -> Preset:
-    """The preset of a model folder.
+def of_folder(
+    pipeline: str,
+    unet: UNetConfig,
+    vae: VAEConfig,
+    text: TextConfig | None,
+    scheduler: Mapping[str, Any],
+    spacing: str,
+) -> Preset:
+    """The preset of a model that comes with its own configurations, sizes read off them.
 
-    cross_attention_dim: the U-Net's. side: of its training pictures, in pixels. spacing: its scheduler's.
-    A model that is none of the released ones gets SD 1's preferences at its own size.
+    pipeline: the class that its `model_index.json` names; spacing: its scheduler's.
+    A model that is none of the released ones gets the preferences of the first with that class.
+    Raises ValueError for a class that no preset has.
     """
-    width = cross_attention_dim if isinstance(cross_attention_dim, int) else cross_attention_dim[0]
-    known = BY_CONTEXT.get(width, replace(SD1, name="custom"))
-    return replace(known, width=side, height=side, spacing=spacing)
+    family = [p for p in PRESETS if p.pipeline == pipeline]
+    if not family:
+        raise ValueError(f"models of class {pipeline!r} are not supported; known: {', '.join(pipelines())}")
+    prediction = scheduler.get("prediction_type", "epsilon")
+    known = [p for p in family if p.unet.cross_attention_dim == unet.cross_attention_dim]
+    exact = [p for p in known if p.prediction == prediction]
+    chosen = (exact or known or [replace(family[0], name="custom", title="a model of its own")])[0]
+    side = unet.sample_size[0] if isinstance(unet.sample_size, tuple) else unet.sample_size or 64
+    pixels = side * vae.factor
+    return replace(
+        chosen,
+        unet=unet,
+        vae=vae,
+        text=text,
+        scheduler=frozen(scheduler),
+        width=pixels,
+        height=pixels,
+        spacing=spacing,
+    )
 
 
-def model_folder(model: str | Path) -> Path:
-    """The folder of a built-in model's name, or the path itself.
-
-    Raises FileNotFoundError saying what to do when there is neither.
-    """
-    if Path(model).is_dir():
-        return Path(model)
-    built_in = BUILT_IN.get(str(model))
-    if built_in is None:
-        raise FileNotFoundError(
-            f"no model folder {str(model)!r}; give a folder or a built-in model: {', '.join(BUILT_IN)}"
-        )
-    if not built_in.is_dir():
-        raise FileNotFoundError(
-            f"the built-in model {str(model)!r} is not in this installation ({built_in}): "
-            "reinstall the package, train it with `sfumato train recipes/mini.yaml`, or name a model folder"
-        )
-    return built_in
+def pipelines() -> list[str]:
+    """The pipeline classes of all presets."""
+    return sorted({p.pipeline for p in PRESETS})

@@ -14,10 +14,10 @@ from typing import Annotated
 import typer
 
 from sfumato import __version__
-from sfumato.cli import data, evaluate, info, train
+from sfumato.cli import convert, data, evaluate, info, train
 
 PICTURE = "txt2img"
-COMMANDS = (PICTURE, "samplers", "spacings", "data", "train", "eval")
+COMMANDS = (PICTURE, "info", "convert", "samplers", "spacings", "data", "train", "eval")
 GROUP_OPTIONS = ("--help", "-h", "--version")
 INTERRUPTED = 130
 TRACEBACK = "SFUMATO_TRACEBACK"  # set it to see where an error came from
@@ -73,6 +73,8 @@ def make_app(full: bool = True) -> typer.Typer:
         app.command(PICTURE)(txt2img.command())
     else:
         app.command(PICTURE)(placeholder)
+    app.command("info")(info.info)
+    app.command("convert")(convert.convert)
     app.command("samplers")(info.samplers)
     app.command("spacings")(info.spacings)
     app.add_typer(data.app, name="data")

@@ -1,0 +1,165 @@
+"""One way to open any model: built-in, a folder, a file in any layout, or a hub id."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from sfumato.files import read_json
+from sfumato.presets import BUILT_IN, PRESETS, Preset, VAEConfig
+from sfumato.weights import parts
+from sfumato.weights.detect import PARTS, TEXT, UNET, VAE, places, signature_of, spells
+from sfumato.weights.folder import load_folder, save_folder, weights_file
+from sfumato.weights.hub import find_file, find_model
+from sfumato.weights.parts import Components, HasComponents, preset_of
+from sfumato.weights.single import Single, load_single, read_configuration, read_part, save_single
+from sfumato.weights.source import open_weights
+
+UNWRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx")
+
+
+def load_model(
+    source: Path | str,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    vae: Path | str | None = None,
+    base: Path | str | None = None,
+    prediction: str | None = None,
+    ema: bool | None = None,
+) -> Components:
+    """Open a model, its networks in `dtype` on `device`.
+
+    source:     a built-in model's name, a folder in the diffusers layout, a file (safetensors, checkpoint, GGUF), the
+                name of one of these in the models folder, or a hub id "owner/name", the only one that may use the
+                network.
+    dtype:      None leaves every tensor as it is stored.
+    vae:        where to take the autoencoder from instead: a file, a `vae` folder, or a model folder.
+    base:       a model of the same family that supplies the parts which a file lacks.
+    prediction: overrides what the source says, see `sfumato.diffusion.prediction`.
+    ema:        take the averaged U-Net where a file has both kinds; None does as the model was published.
+    Raises FileNotFoundError or ValueError in one line.
+    """
+    path = locate(source)
+    if path.is_dir():
+        if ema:
+            raise ValueError(f"{path} is a folder, which holds one kind of weights; leave out the wish for averages")
+        loaded = load_folder(path, dtype, device, prediction)
+        return loaded if vae is None else replace(loaded, vae=load_vae(vae, dtype, device, loaded.vae.config))
+    single = load_single(path, dtype, device, prediction, ema, [p for p in PARTS if vae is None or p != VAE])
+    own = None if vae is None else load_vae(vae, dtype, device, single.preset.vae)
+    return complete(single, own, base, dtype, device)
+
+
+def save_model(parts: HasComponents, path: Path | str, dtype: torch.dtype | None = None) -> None:
+    """Write a model as one file when `path` ends in .safetensors, else as a folder in the diffusers layout.
+
+    dtype: what floating-point weights are converted to; None leaves each as it is.
+    Raises ValueError for the ending of a format that is not written.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        save_single(parts, path, dtype)
+    elif path.suffix.lower() in UNWRITTEN:
+        raise ValueError(f"{path}: {path.suffix} files are not written; end the name in .safetensors, or name a folder")
+    else:
+        save_folder(parts, path, dtype)
+
+
+def locate(source: Path | str) -> Path:
+    """The file or folder of a model: a path as it is, a built-in model's name, else what `hub.find_model` finds.
+
+    Raises FileNotFoundError saying what to do when there is none.
+    """
+    if Path(source).exists():
+        return Path(source)
+    built_in = BUILT_IN.get(str(source))
+    if built_in is None:
+        return find_model(str(source))
+    if not built_in.is_dir():
+        raise FileNotFoundError(
+            f"the built-in model {str(source)!r} is not in this installation ({built_in}): "
+            "reinstall the package, train it with `sfumato train recipes/mini.yaml`, or name a model folder"
+        )
+    return built_in
+
+
+def complete(
+    single: Single,
+    vae: parts.VAE | None,
+    base: Path | str | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> Components:
+    """A whole model of what a file holds, a separate autoencoder if there is one, and `base` for the rest.
+
+    Raises ValueError when parts are missing and no base is given, or the base is of another family.
+    """
+    preset = single.preset
+    networks = dict(single.networks) | ({} if vae is None else {VAE: vae})
+    tokenizer = single.tokenizer
+    missing = [part for part in single.missing if part not in networks]
+    if missing:
+        names = {UNET: "U-Net", VAE: "autoencoder", TEXT: "text encoder"}
+        wanted = " and no ".join(names[part] for part in missing)
+        if base is None:
+            raise ValueError(
+                f"{single.path} has no {wanted}; name a model of its family ({preset.title}) that has, with base "
+                "(--base FILE_OR_FOLDER)"
+            )
+        others = load_model(base, dtype, device)
+        theirs = preset_of(others)
+        if _family(theirs) != _family(preset):
+            raise ValueError(
+                f"{base} is {theirs.title}, whose parts do not go with {single.path} ({preset.title}); "
+                "name a base of the same family"
+            )
+        supply = {UNET: others.unet, VAE: others.vae, TEXT: others.text_encoder}
+        networks |= {part: supply[part] for part in missing}
+        if TEXT in missing:
+            tokenizer = others.tokenizer
+    return Components(
+        unet=cast("parts.UNet", networks[UNET]),
+        vae=cast("parts.VAE", networks[VAE]),
+        text_encoder=cast("parts.TextEncoder | None", networks.get(TEXT)),
+        tokenizer=tokenizer,
+        scheduler=single.scheduler,
+        low_res_scheduler=single.low_res_scheduler,
+        pipeline=preset.pipeline,
+    )
+
+
+def load_vae(source: Path | str, dtype: torch.dtype | None, device: torch.device | str, like: VAEConfig) -> parts.VAE:
+    """An autoencoder alone: from a file in any layout, a `vae` folder, or a model's folder or file.
+
+    like: configuration of the autoencoder that it takes the place of.
+    Raises FileNotFoundError, or ValueError when there is none or its latents are of another kind.
+    """
+    path = Path(source) if Path(source).exists() else find_file("vae", str(source))
+    known: list[VAEConfig] = [like, *(preset.vae for preset in PRESETS)]
+    if path.is_dir():
+        folder = next(f for f in (path / "vae", path / "vqvae", path) if (f / "config.json").is_file() or f == path)
+        raw = read_json(folder / "config.json")
+        known = [read_configuration(raw)]
+        path = weights_file(folder)
+    weights = open_weights(path)
+    there = places(weights.infos)
+    place = there.get(VAE)
+    config = next((c for c in known if place and spells(place.dialect, c) and signature_of(c) == place.signature), None)
+    if place is None or config is None:
+        what = "no autoencoder" if place is None else f"an autoencoder of no known kind {place.signature}"
+        raise ValueError(f"{path} holds {what}; give the file or folder of one, such as vae-ft-mse-840000")
+    if (config.latent_channels, config.factor) != (like.latent_channels, like.factor):
+        raise ValueError(
+            f"{source} has latents of {config.latent_channels} channels, {config.factor} times smaller; "
+            f"the model's have {like.latent_channels} and are {like.factor} times smaller: give another autoencoder"
+        )
+    return cast("parts.VAE", read_part(weights.to(dtype, device), there, VAE, config))
+
+
+def _family(preset: Preset) -> tuple[Any, ...]:
+    """What parts must share to go together: the text states and the latents."""
+    return None if preset.text is None else signature_of(preset.text), preset.vae.latent_channels, preset.vae.factor
