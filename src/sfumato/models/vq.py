@@ -21,7 +21,7 @@ from sfumato.models.config import read_config, write_config
 
 # Options of diffusers' VQModel for which the models of latent diffusion need one value only.
 FIXED: dict[str, tuple[Any, ...]] = {"lookup_from_codebook": (False,), "norm_type": ("group",)}
-SCORES = 1 << 23  # comparisons of pixels with codes that are held at a time, 32 MiB of float32
+SCORES = 1 << 22  # comparisons of pixels with codes that are held at a time, 16 MiB of float32
 
 
 @dataclass(frozen=True)
