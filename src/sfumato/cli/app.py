@@ -14,10 +14,10 @@ from typing import Annotated
 import typer
 
 from sfumato import __version__
-from sfumato.cli import convert, data, evaluate, info, train
+from sfumato.cli import convert, data, evaluate, info, models, train
 
 PICTURE = "txt2img"
-COMMANDS = (PICTURE, "info", "convert", "samplers", "spacings", "data", "train", "eval")
+COMMANDS = (PICTURE, "info", "convert", "models", "samplers", "spacings", "data", "train", "eval")
 GROUP_OPTIONS = ("--help", "-h", "--version")
 INTERRUPTED = 130
 TRACEBACK = "SFUMATO_TRACEBACK"  # set it to see where an error came from
@@ -75,6 +75,7 @@ def make_app(full: bool = True) -> typer.Typer:
         app.command(PICTURE)(placeholder)
     app.command("info")(info.info)
     app.command("convert")(convert.convert)
+    app.command("models")(models.models)
     app.command("samplers")(info.samplers)
     app.command("spacings")(info.spacings)
     app.add_typer(data.app, name="data")

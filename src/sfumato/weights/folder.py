@@ -1,140 +1,378 @@
-"""The Stable Diffusion model folder: `model_index.json` and a sub-folder for each component.
+"""The model folder of the diffusers layout: `model_index.json` and a sub-folder for each part.
 
 model_index.json
-unet/          config.json, diffusion_pytorch_model.safetensors
-vae/           config.json, diffusion_pytorch_model.safetensors
-text_encoder/  config.json, model.safetensors
-tokenizer/     vocab.json, merges.txt, tokenizer_config.json, special_tokens_map.json
-scheduler/     scheduler_config.json
+unet/              config.json, diffusion_pytorch_model.safetensors
+vae/               likewise; called vqvae/ in models of the latent-diffusion kind
+text_encoder/      config.json, model.safetensors; called bert/ in the latent-diffusion text-to-image model
+tokenizer/         vocab.json, merges.txt, tokenizer_config.json, special_tokens_map.json
+scheduler/         scheduler_config.json; low_res_scheduler/ likewise, for upscalers
+
+Other sub-folders (safety_checker, feature_extractor, depth_estimator, image_encoder...) are passed over. Weights may
+also lie in variants (`model.fp16.safetensors`), in shards with an index, and in `.bin` files, which are read safely.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, cast
 
 import torch
+from torch import nn
 
+from sfumato.diffusion.prediction import get_prediction
 from sfumato.diffusion.scheduler import Scheduler
 from sfumato.files import read_json, write_json
-from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
+from sfumato.models.autoencoder import AutoencoderConfig
+from sfumato.models.bert import LDMBertConfig
+from sfumato.models.classes import ClassEmbedderConfig
+from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.unet import UNet, UNetConfig
+from sfumato.models.vq import VQConfig
+from sfumato.text.bert import BertTokenizer
 from sfumato.text.tokenizer import ClipTokenizer
-from sfumato.weights.safe import Module, load_module, write_tensors
+from sfumato.weights import compvis
+from sfumato.weights.keymap import KeyMap
+from sfumato.weights.parts import NETWORKS, VAE, Components, HasComponents, TextEncoder, Tokenizer
+from sfumato.weights.safe import fill, write_tensors
+from sfumato.weights.source import open_weights
 
 INDEX = "model_index.json"
-FAMILY = "StableDiffusionPipeline"
+CONFIG = "config.json"
+ADAPTER = "adapter_config.json"  # of an adapter in a folder of its own, as PEFT writes it
+LOW_RES = "low_res_scheduler"
 DIFFUSION_FILE = "diffusion_pytorch_model"
 TRANSFORMERS_FILE = "model"
-# Text towers saved by old versions of transformers carry their position numbers, which are 0, 1, 2...
-OLD_TEXT_KEYS = ("text_model.embeddings.position_ids",)
-# The library and the class that diffusers looks up for each sub-folder; the scheduler's class is its own.
-INDEX_ROWS: Mapping[str, tuple[str | None, str | None]] = {
-    "feature_extractor": (None, None),
-    "image_encoder": (None, None),
-    "safety_checker": (None, None),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-}
+WEIGHTS = re.compile(
+    r"(?P<stem>diffusion_pytorch_model|model|pytorch_model)(?:\.(?P<variant>[\w-]+?))?"
+    r"\.(?P<format>safetensors|bin)(?P<index>\.index(?:\.(?P<late>[\w-]+))?\.json)?"
+)
+SHARD = re.compile(r"-\d{5}-of-(\d{5})")
+HALVES: Mapping[torch.dtype | None, str] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
-class Components:
-    """The five parts of a text-to-image model of the Stable Diffusion 1 and 2 kind."""
+class Layout:
+    """How the folders of one pipeline class are laid out.
 
-    unet: UNet
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: ClipTokenizer
-    scheduler: Scheduler
+    vae, text_encoder, tokenizer: the sub-folders; None for a part that such models do not have.
+    low_res:  whether there is a second scheduler, of the noise on an upscaler's small picture.
+    absent:   parts that diffusers looks up in the index and that are not needed to make pictures.
+    entries:  further entries of the index.
+    """
 
-
-class HasComponents(Protocol):
-    """Whatever carries the five parts as attributes: `Components`, a pipeline, a trainer's state."""
+    vae: str = "vae"
+    text_encoder: str | None = "text_encoder"
+    tokenizer: str | None = "tokenizer"
+    low_res: bool = False
+    absent: tuple[str, ...] = ()
+    entries: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def unet(self) -> UNet: ...
+    def folders(self) -> list[str]:
+        """The sub-folders that are read."""
+        names = ("unet", self.vae, self.text_encoder, self.tokenizer, "scheduler", LOW_RES if self.low_res else None)
+        return [name for name in names if name is not None]
+
     @property
-    def vae(self) -> AutoencoderKL: ...
-    @property
-    def text_encoder(self) -> CLIPTextModel: ...
-    @property
-    def tokenizer(self) -> ClipTokenizer: ...
-    @property
-    def scheduler(self) -> Scheduler: ...
+    def networks(self) -> list[str]:
+        """Those that hold weights."""
+        return [name for name in ("unet", self.vae, self.text_encoder) if name is not None]
 
 
-def load_folder(path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Components:
-    """Read a model folder, its networks converted to `dtype` and placed on `device`.
+CHECKED = Layout(
+    absent=("feature_extractor", "image_encoder", "safety_checker"), entries={"requires_safety_checker": False}
+)
+LAYOUTS: Mapping[str, Layout] = {
+    "StableDiffusionPipeline": CHECKED,
+    "StableDiffusionInpaintPipeline": CHECKED,
+    "StableDiffusionInstructPix2PixPipeline": CHECKED,
+    "StableDiffusionDepth2ImgPipeline": Layout(absent=("depth_estimator", "feature_extractor")),
+    "StableDiffusionUpscalePipeline": Layout(
+        low_res=True, absent=("feature_extractor", "safety_checker", "watermarker")
+    ),
+    "LDMTextToImagePipeline": Layout(vae="vqvae", text_encoder="bert"),
+    "LDMClassToImagePipeline": Layout(tokenizer=None),
+    "LDMPipeline": Layout(vae="vqvae", text_encoder=None, tokenizer=None),
+}
+# Classes with the parts of another one: what is made of these is decided by the request.
+ALIASES: Mapping[str, str] = {
+    "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
+    "StableDiffusionPAGPipeline": "StableDiffusionPipeline",
+    "StableDiffusionPAGImg2ImgPipeline": "StableDiffusionPipeline",
+    "StableDiffusionPipelineSafe": "StableDiffusionPipeline",
+    "StableDiffusionInpaintPipelineLegacy": "StableDiffusionPipeline",
+    "StableDiffusionPAGInpaintPipeline": "StableDiffusionInpaintPipeline",
+}
+UNETS: Mapping[str, type] = {"UNet2DConditionModel": UNetConfig, "UNet2DModel": UNetConfig}
+VAES: Mapping[str, type] = {"AutoencoderKL": AutoencoderConfig, "VQModel": VQConfig}
+TEXTS: Mapping[str, type] = {
+    "CLIPTextModel": CLIPTextConfig,
+    "CLIPTextModelWithProjection": CLIPTextConfig,  # these models do not read what is projected
+    "LDMBertModel": LDMBertConfig,
+    "ClassEmbedder": ClassEmbedderConfig,
+}
+TOKENIZERS: Mapping[str, type[ClipTokenizer] | type[BertTokenizer]] = {
+    "CLIPTokenizer": ClipTokenizer,
+    "CLIPTokenizerFast": ClipTokenizer,
+    "BertTokenizer": BertTokenizer,
+    "BertTokenizerFast": BertTokenizer,
+}
+# The library that the index names for a class, diffusers where none is listed.
+LIBRARIES: Mapping[str, str] = {
+    "CLIPTextModel": "transformers",
+    "CLIPTokenizer": "transformers",
+    "BertTokenizer": "transformers",
+    "LDMBertModel": "latent_diffusion",
+    "ClassEmbedder": "sfumato",
+}
 
-    Raises FileNotFoundError when a part is missing, ValueError when it is of another family or does not fit.
+
+def load_folder(
+    path: Path | str,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    prediction: str | None = None,
+    variant: str | None = None,
+) -> Components:
+    """Read a model folder, its networks converted to `dtype` and placed on `device`, one after the other.
+
+    dtype:      None leaves every tensor as it is stored.
+    prediction: overrides the scheduler's prediction_type.
+    variant:    the files to prefer, such as "fp16" for `model.fp16.safetensors`; see `weights_file`.
+    Raises FileNotFoundError when a part is missing, ValueError when it is of another kind or does not fit.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"no model folder {path}")
-    if not (path / INDEX).is_file():
-        raise FileNotFoundError(f"{path} is not a model folder: it has no {INDEX}")
-    family = read_json(path / INDEX).get("_class_name")
-    if family != FAMILY:
-        raise ValueError(f"{path / INDEX} describes a {family!r}; this version opens: {FAMILY!r}")
+    index, family = read_index(path)
+    layout = LAYOUTS[family]
+    if variant is not None:
+        _check_variant(path, layout, variant)
 
-    def module(
-        name: str,
-        parse: Callable[[Mapping[str, Any]], Any],
-        build: Callable[[Any], Module],
-        ignored: tuple[str, ...] = (),
-    ) -> Module:
-        config = parse(read_json(path / name / "config.json"))
-        return load_module(lambda: build(config), weights_file(path / name), dtype, device, ignored)
+    def network(name: str, classes: Mapping[str, type]) -> nn.Module:
+        return _network(path / name, class_of(path, index, name, classes), classes, dtype, device, variant)
 
-    return Components(
-        unet=module("unet", UNetConfig.from_dict, UNet),
-        vae=module("vae", AutoencoderConfig.from_dict, AutoencoderKL),
-        text_encoder=module("text_encoder", CLIPTextConfig.from_dict, CLIPTextModel, OLD_TEXT_KEYS),
-        tokenizer=ClipTokenizer.from_folder(path / "tokenizer"),
-        scheduler=Scheduler.from_pretrained(path / "scheduler"),
-    )
+    tokenizer: Tokenizer | None = None
+    if layout.tokenizer is not None:
+        kind = TOKENIZERS[class_of(path, index, layout.tokenizer, TOKENIZERS)]
+        tokenizer = kind.from_folder(path / layout.tokenizer)
+    scheduler = _scheduler(path / "scheduler", prediction)
+    low_res = _scheduler(path / LOW_RES, None) if layout.low_res else None
+    unet = cast(UNet, network("unet", UNETS))
+    vae = cast(VAE, network(layout.vae, VAES))
+    text = None if layout.text_encoder is None else cast(TextEncoder, network(layout.text_encoder, TEXTS))
+    family = _checked_channels(path, family, unet.config.in_channels, vae.config.latent_channels)
+    return Components(unet, vae, text, tokenizer, scheduler, low_res, family)
+
+
+def load_vae_folder(
+    path: Path | str,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    variant: str | None = None,
+) -> VAE:
+    """Read an autoencoder from its own folder, or from that of a whole model.
+
+    Raises FileNotFoundError when there is none, ValueError when it is of another kind or does not fit.
+    """
+    path = Path(path)
+    if (path / INDEX).is_file():
+        index, family = read_index(path)
+        folder = path / LAYOUTS[family].vae
+        name = class_of(path, index, folder.name, VAES)
+    elif (path / CONFIG).is_file():
+        folder, name = path, str(read_json(path / CONFIG).get("_class_name", "AutoencoderKL"))
+        if name not in VAES:
+            raise ValueError(f"{path} holds a {name!r}; an autoencoder is one of {', '.join(VAES)}")
+    else:
+        raise FileNotFoundError(f"{path} has neither {CONFIG} nor {INDEX}; give the folder of an autoencoder")
+    return cast(VAE, _network(folder, name, VAES, dtype, device, variant))
 
 
 def save_folder(parts: HasComponents, path: Path | str, dtype: torch.dtype | None = None) -> None:
     """Write a model folder that this package and diffusers open; weights in `dtype` when given.
 
     Each file is replaced in one step, and `model_index.json` comes last: a folder without it is not complete.
+    Raises ValueError when a part is missing that such models have.
     """
-    path = Path(path)
-    for name, file, module in (
-        ("unet", DIFFUSION_FILE, parts.unet),
-        ("vae", DIFFUSION_FILE, parts.vae),
-        ("text_encoder", TRANSFORMERS_FILE, parts.text_encoder),
-    ):
-        write_tensors(path / name / f"{file}.safetensors", module.state_dict(), dtype)
-        write_json(path / name / "config.json", module.config.to_dict())
-    parts.tokenizer.save(path / "tokenizer")
-    parts.scheduler.save_pretrained(path / "scheduler")
-    scheduler = read_json(path / "scheduler" / "scheduler_config.json")["_class_name"]
-    rows: dict[str, Any] = {name: list(row) for name, row in INDEX_ROWS.items()}
-    rows["scheduler"] = ["diffusers", scheduler]
-    head = {"_class_name": FAMILY, "_diffusers_version": "0.30.0", "requires_safety_checker": False}
+    path, layout = Path(path), _layout(parts.pipeline)
+    given: dict[str | None, Any] = {
+        "unet": parts.unet,
+        layout.vae: parts.vae,
+        layout.text_encoder: parts.text_encoder,
+        layout.tokenizer: parts.tokenizer,
+        "scheduler": parts.scheduler,
+        LOW_RES: parts.low_res_scheduler,
+    }
+    missing = [name for name in layout.folders if given[name] is None]
+    if missing:
+        raise ValueError(f"a {parts.pipeline} has {' and '.join(missing)}, which was not given; choose another class")
+    rows: dict[str, Any] = {name: [None, None] for name in layout.absent}
+    for name in layout.folders:
+        part = given[name]
+        if name in layout.networks:
+            config = part.config.to_dict()
+            file = DIFFUSION_FILE if name in ("unet", layout.vae) else TRANSFORMERS_FILE
+            write_tensors(path / name / f"{file}.safetensors", part.state_dict(), dtype)
+            write_json(path / name / CONFIG, config)
+            class_name = config["_class_name"]
+        elif name == layout.tokenizer:
+            part.save(path / name)
+            class_name = "BertTokenizer" if isinstance(part, BertTokenizer) else "CLIPTokenizer"
+        else:
+            part.save_pretrained(path / name)
+            class_name = type(part).__name__
+        rows[name] = [LIBRARIES.get(class_name, "diffusers"), class_name]
+    head = {"_class_name": parts.pipeline, "_diffusers_version": "0.30.0", **layout.entries}
     write_json(path / INDEX, head | dict(sorted(rows.items())))
 
 
-def weights_file(folder: Path) -> Path:
-    """The safetensors file of one component: the plain one, else the half-precision variant.
+def read_index(path: Path) -> tuple[dict[str, Any], str]:
+    """The entries of a folder's `model_index.json` and the pipeline class that they stand for.
+
+    Raises FileNotFoundError when it is no model folder, ValueError for a class that is not supported.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"no model folder {path}")
+    if not (path / INDEX).is_file():
+        raise FileNotFoundError(f"{path} is not a model folder: it has no {INDEX}")
+    index = read_json(path / INDEX)
+    name = index.get("_class_name")
+    family = ALIASES.get(str(name), str(name))
+    if family not in LAYOUTS:
+        raise ValueError(f"{path / INDEX} describes a {name!r}; this version opens: {', '.join(sorted(LAYOUTS))}")
+    return index, family
+
+
+def class_of(path: Path, index: Mapping[str, Any], name: str, known: Mapping[str, Any]) -> str:
+    """The class that the index names for a sub-folder; ValueError unless it is one of `known`."""
+    row = index.get(name)
+    found = row[1] if isinstance(row, list) and len(row) == 2 else None
+    if found not in known:
+        what = "names no class" if found is None else f"names the class {found!r}"
+        raise ValueError(f"{path / INDEX} {what} for {name}; supported: {', '.join(known)}")
+    return str(found)
+
+
+def weights_file(folder: Path, variant: str | None = None, dtype: torch.dtype | None = None) -> Path:
+    """The file of a network's weights, or the index of its shards, see `choose`.
 
     Raises FileNotFoundError naming what was looked for and what lies there instead.
     """
-    stems = (DIFFUSION_FILE, TRANSFORMERS_FILE)
-    names = [f"{stem}{variant}.safetensors" for variant in ("", ".fp16") for stem in stems]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    present = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else []
-    pickled = any(name.endswith(".bin") for name in present)
-    hint = "; pickled .bin weights are not opened, save them as safetensors" if pickled else ""
-    held = ", ".join(present) or "nothing"
-    raise FileNotFoundError(f"{folder} has none of {', '.join(names)}; it holds: {held}{hint}")
+    present = sorted(p.name for p in folder.glob("*") if p.is_file()) if folder.is_dir() else []
+    name = choose(present, variant, dtype)
+    if name is None:
+        files = ", ".join(f"{stem}.safetensors" for stem in (DIFFUSION_FILE, TRANSFORMERS_FILE))
+        raise FileNotFoundError(f"{folder} has none of {files}; it holds: {', '.join(present) or 'nothing'}")
+    return folder / name
+
+
+def choose(names: Collection[str], variant: str | None = None, dtype: torch.dtype | None = None) -> str | None:
+    """Of the files of one part, the name of the one to load; None when there is none.
+
+    First the variant that is asked for, then the one stored in just the half precision that is wanted (half to read,
+    and the same numbers), then the plain one, then any other. Of the same variant safetensors come before pickles
+    and one file before shards.
+    """
+    found = {name: match for name in names if (match := WEIGHTS.fullmatch(name)) and not SHARD.search(name)}
+    there = {name: match["variant"] or match["late"] for name, match in found.items()}
+    wanted: list[str | None] = [variant] if variant is not None else []
+    wanted += [HALVES[dtype]] if dtype in HALVES else []
+    wanted += [None, *HALVES.values(), *sorted({v for v in there.values() if v is not None})]
+
+    def rank(name: str) -> tuple[int, bool, bool, str]:
+        match = found[name]
+        return wanted.index(there[name]), match["format"] == "bin", match["index"] is not None, match["stem"]
+
+    return min(found, key=rank, default=None)
+
+
+def shards(index: str, names: Collection[str]) -> list[str]:
+    """The files that belong to the index of shards `index`, by name; ValueError unless all are among `names`."""
+    match = WEIGHTS.fullmatch(index)
+    assert match is not None
+    variant = match["variant"] or match["late"]
+    mark = rf"(?:\.{re.escape(variant)})" if variant else ""
+    either = rf"(?:{mark}{SHARD.pattern}|{SHARD.pattern}{mark})" if variant else SHARD.pattern
+    pattern = re.compile(rf"{match['stem']}{either}\.{match['format']}")
+    found = sorted(name for name in names if pattern.fullmatch(name))
+    counted = {int(number) for name in found for number in SHARD.findall(name)}
+    if counted != {len(found)}:
+        raise ValueError(f"{index} belongs to {max(counted, default='some')} shards, of which {len(found)} are there")
+    return found
+
+
+def _network(
+    folder: Path,
+    name: str,
+    classes: Mapping[str, type],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    variant: str | None,
+) -> nn.Module:
+    """One network of class `name`, in evaluation mode; its tensors are read and converted one by one."""
+    parse = cast(Any, classes[name]).from_dict
+    config = parse({**read_json(folder / CONFIG), "_class_name": name})
+    with torch.device("meta"):
+        module = NETWORKS[type(config)](config)
+    file = weights_file(folder, variant, dtype)
+    with open_weights(file) as weights:
+        table = _spelling(config, weights)
+        placed = weights.to(dtype, device)
+        tensors = dict(placed) if table is None else table.load(placed, str(file))
+    fill(module, tensors, str(file))
+    return module.eval()
+
+
+def _spelling(config: Any, names: Collection[str]) -> KeyMap | None:
+    """The key map of a file that other versions of the libraries wrote; None where the names are ours."""
+    if isinstance(config, CLIPTextConfig):
+        whole = any(name.startswith("text_model.") for name in names)
+        return compvis.clip_map(config) if whole else compvis.bare_clip_map(config)
+    old = any(name.endswith(".query.weight") for name in names)
+    return compvis.old_attention_map(config) if old else None
+
+
+def _scheduler(folder: Path, prediction: str | None) -> Scheduler:
+    scheduler = Scheduler.from_pretrained(folder)
+    if prediction is None:
+        return scheduler
+    wanted = get_prediction(prediction).name
+    changed = Scheduler.from_config(scheduler.config, prediction_type=wanted)
+    if changed.prediction != wanted:
+        raise ValueError(f"{folder}: {type(scheduler).__name__} always predicts {changed.prediction!r}")
+    return changed
+
+
+def _layout(family: str) -> Layout:
+    if family not in LAYOUTS:
+        raise ValueError(f"models of class {family!r} are not supported; known: {', '.join(sorted(LAYOUTS))}")
+    return LAYOUTS[family]
+
+
+def _check_variant(path: Path, layout: Layout, variant: str) -> None:
+    found: set[str] = set()
+    for name in layout.networks:
+        matches = (WEIGHTS.fullmatch(p.name) for p in (path / name).glob("*"))
+        found |= {match["variant"] or match["late"] or "the plain one" for match in matches if match}
+    if variant not in found:
+        raise ValueError(f"no part of {path} has the variant {variant!r}; there are: {', '.join(sorted(found))}")
+
+
+def _checked_channels(path: Path, family: str, channels: int, latent: int) -> str:
+    """The pipeline class by what the U-Net takes besides the noisy latent; ValueError when it is neither.
+
+    A U-Net without further channels is a text-to-image model, though diffusers can inpaint with it.
+    """
+    extra: Mapping[str, Sequence[int]] = {
+        "StableDiffusionInpaintPipeline": (latent + 1, 0),
+        "StableDiffusionInstructPix2PixPipeline": (latent,),
+        "StableDiffusionDepth2ImgPipeline": (1,),
+        "StableDiffusionUpscalePipeline": (3,),
+    }
+    allowed = [latent + more for more in extra.get(family, (0,))]
+    if channels not in allowed:
+        raise ValueError(f"{path}: the unet takes {channels} channels; that of a {family} takes {allowed[0]}")
+    plain = family == "StableDiffusionInpaintPipeline" and channels == latent
+    return "StableDiffusionPipeline" if plain else family
