@@ -87,7 +87,8 @@ def run(
         "steps": steps,
         "seconds": round(time.perf_counter() - since, 1),
     }
-    report = make_report(asked, pictures, judge, about, icon_set, pipe.vae)
+    vae = pipe.vae if isinstance(pipe.vae, AutoencoderKL) else None
+    report = make_report(asked, pictures, judge, about, icon_set, vae)
     if out is not None:
         report.save(Path(out))
         folder = Path(out) / "pictures"

@@ -153,7 +153,7 @@ def spells(dialect: Dialect, config: Any) -> bool:
     """
     if not isinstance(config, dialect.config):
         return False
-    return dialect.name != "OpenCLIP" or config.hidden_act == "gelu"
+    return dialect.name != "OpenCLIP" or (isinstance(config, CLIPTextConfig) and config.hidden_act == "gelu")
 
 
 OLD_VAE = "diffusers up to 0.14"

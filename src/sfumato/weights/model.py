@@ -8,14 +8,13 @@ from typing import Any, cast
 
 import torch
 
-from sfumato.files import read_json
 from sfumato.presets import BUILT_IN, PRESETS, Preset, VAEConfig
 from sfumato.weights import parts
 from sfumato.weights.detect import PARTS, TEXT, UNET, VAE, places, signature_of, spells
-from sfumato.weights.folder import load_folder, save_folder, weights_file
+from sfumato.weights.folder import load_folder, load_vae_folder, save_folder
 from sfumato.weights.hub import find_file, find_model
 from sfumato.weights.parts import Components, HasComponents, preset_of
-from sfumato.weights.single import Single, load_single, read_configuration, read_part, save_single
+from sfumato.weights.single import Single, load_single, read_part, save_single
 from sfumato.weights.source import open_weights
 
 UNWRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx")
@@ -43,7 +42,7 @@ def load_model(
     ema:        take the averaged U-Net where a file has both kinds; None does as the model was published.
     Raises FileNotFoundError or ValueError in one line.
     """
-    path = locate(source)
+    path = locate(source, dtype)
     if path.is_dir():
         if ema:
             raise ValueError(f"{path} is a folder, which holds one kind of weights; leave out the wish for averages")
@@ -69,16 +68,17 @@ def save_model(parts: HasComponents, path: Path | str, dtype: torch.dtype | None
         save_folder(parts, path, dtype)
 
 
-def locate(source: Path | str) -> Path:
+def locate(source: Path | str, dtype: torch.dtype | None = None) -> Path:
     """The file or folder of a model: a path as it is, a built-in model's name, else what `hub.find_model` finds.
 
+    dtype: the precision that it is wanted in, where several are on offer.
     Raises FileNotFoundError saying what to do when there is none.
     """
     if Path(source).exists():
         return Path(source)
     built_in = BUILT_IN.get(str(source))
     if built_in is None:
-        return find_model(str(source))
+        return find_model(str(source), dtype=dtype)
     if not built_in.is_dir():
         raise FileNotFoundError(
             f"the built-in model {str(source)!r} is not in this installation ({built_in}): "
@@ -117,7 +117,7 @@ def complete(
                 f"{base} is {theirs.title}, whose parts do not go with {single.path} ({preset.title}); "
                 "name a base of the same family"
             )
-        supply = {UNET: others.unet, VAE: others.vae, TEXT: others.text_encoder}
+        supply: dict[str, Any] = {UNET: others.unet, VAE: others.vae, TEXT: others.text_encoder}
         networks |= {part: supply[part] for part in missing}
         if TEXT in missing:
             tokenizer = others.tokenizer
@@ -139,25 +139,25 @@ def load_vae(source: Path | str, dtype: torch.dtype | None, device: torch.device
     Raises FileNotFoundError, or ValueError when there is none or its latents are of another kind.
     """
     path = Path(source) if Path(source).exists() else find_file("vae", str(source))
-    known: list[VAEConfig] = [like, *(preset.vae for preset in PRESETS)]
     if path.is_dir():
-        folder = next(f for f in (path / "vae", path / "vqvae", path) if (f / "config.json").is_file() or f == path)
-        raw = read_json(folder / "config.json")
-        known = [read_configuration(raw)]
-        path = weights_file(folder)
-    weights = open_weights(path)
-    there = places(weights.infos)
-    place = there.get(VAE)
-    config = next((c for c in known if place and spells(place.dialect, c) and signature_of(c) == place.signature), None)
-    if place is None or config is None:
-        what = "no autoencoder" if place is None else f"an autoencoder of no known kind {place.signature}"
-        raise ValueError(f"{path} holds {what}; give the file or folder of one, such as vae-ft-mse-840000")
+        loaded = load_vae_folder(path, dtype, device)
+    else:
+        weights = open_weights(path)
+        there = places(weights.infos)
+        place = there.get(VAE)
+        known: list[VAEConfig] = [like, *(preset.vae for preset in PRESETS)]
+        fitting = [c for c in known if place and spells(place.dialect, c) and signature_of(c) == place.signature]
+        if place is None or not fitting:
+            what = "no autoencoder" if place is None else f"an autoencoder of no known kind {place.signature}"
+            raise ValueError(f"{path} holds {what}; give the file or folder of one, such as vae-ft-mse-840000")
+        loaded = cast("parts.VAE", read_part(weights.to(dtype, device), there, VAE, fitting[0]))
+    config = loaded.config
     if (config.latent_channels, config.factor) != (like.latent_channels, like.factor):
         raise ValueError(
             f"{source} has latents of {config.latent_channels} channels, {config.factor} times smaller; "
             f"the model's have {like.latent_channels} and are {like.factor} times smaller: give another autoencoder"
         )
-    return cast("parts.VAE", read_part(weights.to(dtype, device), there, VAE, config))
+    return loaded
 
 
 def _family(preset: Preset) -> tuple[Any, ...]:

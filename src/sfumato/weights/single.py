@@ -185,13 +185,14 @@ def read_configuration(raw: Mapping[str, Any]) -> Any:
     name = raw.get("_class_name") or next(iter(raw.get("architectures") or ()), None)
     if name not in CONFIGS:
         raise ValueError(f"a network of class {name!r} is not supported; known: {', '.join(CONFIGS)}")
-    return CONFIGS[name].from_dict(raw)  # type: ignore[attr-defined]
+    return CONFIGS[str(name)].from_dict(raw)  # type: ignore[attr-defined]
 
 
 def noted(raw: Mapping[str, Any]) -> Preset:
     """The preset that `describe` wrote."""
-    unet, vae, text = (None if raw[part] is None else read_configuration(raw[part]) for part in ("unet", "vae", "text"))
+    text = None if raw["text"] is None else read_configuration(raw["text"])
     spacing = Scheduler.from_config(raw["scheduler"]).spacing
+    unet, vae = read_configuration(raw["unet"]), read_configuration(raw["vae"])
     preset = of_folder(raw["pipeline"], unet, vae, text, raw["scheduler"], spacing)
     return replace(preset, low_res_scheduler=raw["low_res_scheduler"])
 
