@@ -61,6 +61,7 @@ class Layout:
     low_res:  whether there is a second scheduler, of the noise on an upscaler's small picture.
     absent:   parts that diffusers looks up in the index and that are not needed to make pictures.
     entries:  further entries of the index.
+    defaults: of entries that the autoencoder's configuration may lack, where they are not its own.
     """
 
     vae: str = "vae"
@@ -69,6 +70,7 @@ class Layout:
     low_res: bool = False
     absent: tuple[str, ...] = ()
     entries: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def folders(self) -> list[str]:
@@ -91,7 +93,9 @@ LAYOUTS: Mapping[str, Layout] = {
     "StableDiffusionInstructPix2PixPipeline": CHECKED,
     "StableDiffusionDepth2ImgPipeline": Layout(absent=("depth_estimator", "feature_extractor")),
     "StableDiffusionUpscalePipeline": Layout(
-        low_res=True, absent=("feature_extractor", "safety_checker", "watermarker")
+        low_res=True,
+        absent=("feature_extractor", "safety_checker", "watermarker"),
+        defaults={"scaling_factor": 0.08333},  # the published folder does not say
     ),
     "LDMTextToImagePipeline": Layout(vae="vqvae", text_encoder="bert"),
     "LDMClassToImagePipeline": Layout(tokenizer=None),
@@ -151,7 +155,8 @@ def load_folder(
         _check_variant(path, layout, variant)
 
     def network(name: str, classes: Mapping[str, type]) -> nn.Module:
-        return _network(path / name, class_of(path, index, name, classes), classes, dtype, device, variant)
+        default = layout.defaults if name == layout.vae else {}
+        return _network(path / name, class_of(path, index, name, classes), classes, dtype, device, variant, default)
 
     tokenizer: Tokenizer | None = None
     if layout.tokenizer is not None:
@@ -179,15 +184,15 @@ def load_vae_folder(
     path = Path(path)
     if (path / INDEX).is_file():
         index, family = read_index(path)
-        folder = path / LAYOUTS[family].vae
+        folder, default = path / LAYOUTS[family].vae, LAYOUTS[family].defaults
         name = class_of(path, index, folder.name, VAES)
     elif (path / CONFIG).is_file():
-        folder, name = path, str(read_json(path / CONFIG).get("_class_name", "AutoencoderKL"))
+        folder, default, name = path, {}, str(read_json(path / CONFIG).get("_class_name", "AutoencoderKL"))
         if name not in VAES:
             raise ValueError(f"{path} holds a {name!r}; an autoencoder is one of {', '.join(VAES)}")
     else:
         raise FileNotFoundError(f"{path} has neither {CONFIG} nor {INDEX}; give the folder of an autoencoder")
-    return cast(VAE, _network(folder, name, VAES, dtype, device, variant))
+    return cast(VAE, _network(folder, name, VAES, dtype, device, variant, default))
 
 
 def save_folder(parts: HasComponents, path: Path | str, dtype: torch.dtype | None = None) -> None:
@@ -310,10 +315,11 @@ def _network(
     dtype: torch.dtype | None,
     device: torch.device | str,
     variant: str | None,
+    defaults: Mapping[str, Any],
 ) -> nn.Module:
     """One network of class `name`, in evaluation mode; its tensors are read and converted one by one."""
     parse = cast(Any, classes[name]).from_dict
-    config = parse({**read_json(folder / CONFIG), "_class_name": name})
+    config = parse({**defaults, **read_json(folder / CONFIG), "_class_name": name})
     with torch.device("meta"):
         module = NETWORKS[type(config)](config)
     file = weights_file(folder, variant, dtype)
