@@ -123,7 +123,7 @@ def _file(path: Path) -> tuple[str, str]:
         if UNET in there or (foreign and not adapter):
             preset = None if foreign else identify(weights).preset
             title = f"{foreign or 'unknown'}, not supported" if preset is None else preset.title
-            return CHECKPOINT if len(there) != 1 else "unet", title
+            return "unet" if list(there) == [UNET] and not foreign else CHECKPOINT, title
     if VAE in there:
         kind, channels, _, levels = there[VAE].signature
         return "vae", f"{kind}, {channels} channels, 1/{2 ** (levels - 1)} size"
