@@ -1,7 +1,8 @@
-"""Safetensors files: memory-mapped reading, strict filling of modules, writing in one step.
+"""Strict filling of modules from files of weights, and writing safetensors in one step.
 
 A module is built on the `meta` device, where it takes no memory, and its parameters are then replaced by the
-file's tensors, so that loading costs one read of the file and no copy (one copy when the dtype changes).
+file's tensors: views of the mapped file, which costs no memory and no copy, or tensors converted one by one, which
+costs what they take in their new dtype and one tensor more.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sfumato.files import replacing
+from sfumato.weights.source import Info, Weights, open_weights
 
 Module = TypeVar("Module", bound=nn.Module)
 ROWS = 8  # names listed in an error before "and n more"
@@ -24,32 +25,28 @@ ROWS = 8  # names listed in an error before "and n more"
 def read_tensors(
     path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, mapped into memory where neither dtype nor device change.
+    """All tensors of a file of weights, mapped into memory where neither dtype nor device change.
 
     dtype: what floating-point tensors are converted to; integers stay as they are.
-    Raises FileNotFoundError, or ValueError when the file is cut short or its header is not one.
+    Raises what `open_weights` raises.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}; fetch or save it again"
-        ) from None
-    return {name: _placed(tensor, dtype, device) for name, tensor in tensors.items()}
+    with open_weights(path) as weights:
+        return dict(weights.to(dtype, device))
 
 
-def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+def write_tensors(
+    path: Path | str,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write tensors to a safetensors file in one step; `dtype` converts the floating-point ones.
 
-    The metadata say {"format": "pt"}, without which transformers refuses a file.
+    metadata: texts for the header, beside {"format": "pt"}, without which transformers refuses a file.
     """
     ready = {name: _placed(t.detach(), dtype, "cpu").contiguous() for name, t in tensors.items()}
     with replacing(path) as temporary:
-        save_file(ready, temporary, metadata={"format": "pt"})
+        save_file(ready, temporary, metadata={**(metadata or {}), "format": "pt"})
 
 
 def load_module(
@@ -59,37 +56,78 @@ def load_module(
     device: torch.device | str = "cpu",
     ignored: Sequence[str] = (),
 ) -> Module:
-    """Build a module without memory and fill it from a safetensors file; it comes back in evaluation mode.
+    """Build a module without memory and fill it from a file of weights; it comes back in evaluation mode.
 
+    Names, shapes and types are compared before a tensor is read.
     ignored: names that old files carry and no module needs.
-    Raises what `read_tensors` and `fill` raise.
+    Raises what `open_weights` and `fill` raise.
     """
     with torch.device("meta"):
         module = build()
-    tensors = read_tensors(path, dtype, device)
-    for name in ignored:
-        tensors.pop(name, None)
-    fill(module, tensors, str(path))
+    with open_weights(path) as file:
+        weights = file.to(dtype, device)
+        infos = {name: info for name, info in weights.infos.items() if name not in ignored}
+        _compare(module, infos, str(path))
+        _assign(module, {name: weights[name] for name in infos}, str(path))
     return module.eval()
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str = "the given tensors") -> None:
     """Replace the parameters and buffers of `module` by `tensors` of the same names and shapes.
 
-    Raises ValueError listing the names that are missing or unknown and the shapes that differ.
+    Raises ValueError listing the names that are missing or unknown, the shapes or types that differ, and the tensors
+    that hold NaN or infinite numbers.
     """
+    if isinstance(tensors, Weights):
+        infos = tensors.infos
+    else:
+        infos = {name: Info(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    _compare(module, infos, source)
+    _assign(module, dict(tensors), source)
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str = "the given tensors") -> None:
+    """Raise ValueError naming the tensors that hold NaN or infinite numbers.
+
+    It reads every floating-point tensor once, at about the speed of memory.
+    """
+    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if bad:
+        raise ValueError(
+            f"{source} cannot be used: {_listed('with NaN or infinite numbers', bad)}; "
+            "fetch or save it again, and in float32 if it was converted to float16"
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor an infinity; integers always do."""
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:  # no reduction knows the 8-bit types
+        tensor = tensor.to(torch.float32)
+    # NaN wins over every number here, and unlike isfinite().all() nothing is written.
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _compare(module: nn.Module, infos: Mapping[str, Info], source: str) -> None:
     wanted = module.state_dict()
+    common = sorted(wanted.keys() & infos.keys())
+    shapes = [
+        f"{name} {infos[name].shape} instead of {tuple(wanted[name].shape)}"
+        for name in common
+        if infos[name].shape != tuple(wanted[name].shape)
+    ]
+    types = [
+        f"{name} {infos[name].dtype} instead of {wanted[name].dtype}"
+        for name in common
+        if infos[name].dtype.is_floating_point != wanted[name].dtype.is_floating_point
+    ]
     problems = [
-        _listed("missing", sorted(wanted.keys() - tensors.keys())),
-        _listed("unknown", sorted(tensors.keys() - wanted.keys())),
-        _listed(
-            "of another shape",
-            [
-                f"{name} {tuple(tensors[name].shape)} instead of {tuple(wanted[name].shape)}"
-                for name in sorted(wanted.keys() & tensors.keys())
-                if tensors[name].shape != wanted[name].shape
-            ],
-        ),
+        _listed("missing", sorted(wanted.keys() - infos.keys())),
+        _listed("unknown", sorted(infos.keys() - wanted.keys())),
+        _listed("of another shape", shapes),
+        _listed("of another type", types),
     ]
     if any(problems):
         kind = type(module).__name__
@@ -98,7 +136,11 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str = "the gi
             + "; ".join(p for p in problems if p)
             + "; check that the config and the weights belong together"
         )
-    module.load_state_dict(dict(tensors), assign=True)
+
+
+def _assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    check_finite(tensors, source)
+    module.load_state_dict(tensors, assign=True)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"{type(module).__name__}: {name} is kept in no file, so it cannot be loaded")
@@ -113,4 +155,5 @@ def _listed(what: str, rows: Sequence[str]) -> str:
     if not rows:
         return ""
     more = f" and {len(rows) - ROWS} more" if len(rows) > ROWS else ""
-    return f"{len(rows)} {what}: {', '.join(rows[:ROWS])}{more}"
+    shown = (row if row.isprintable() else repr(row) for row in rows[:ROWS])
+    return f"{len(rows)} {what}: {', '.join(shown)}{more}"

@@ -1,0 +1,177 @@
+"""Tensors that are views of a file mapped into memory, and the safetensors header that says where they lie.
+
+A safetensors file is 8 bytes of length, that much JSON, then the tensors' bytes without a gap
+(https://github.com/huggingface/safetensors, "Format"). The header is checked in full before a byte of data is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HEADER_LIMIT = 16 * 2**20  # bytes of JSON; a full Stable Diffusion file has 0.2 MiB, the longest adapters' about 5
+DIM_LIMIT = 2**40  # of one side, which matters only where another side is 0
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Info:
+    """Shape and type of a tensor, as reading it will give it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the tensor takes in memory."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes lie: [begin, end) of the file."""
+
+    info: Info
+    begin: int
+    end: int
+
+    @property
+    def aligned(self) -> bool:
+        """Whether an element begins at a multiple of its size, as processors may demand of what they read."""
+        return self.begin % self.info.dtype.itemsize == 0
+
+
+class Mapped:
+    """A file mapped privately: writing to its tensors changes memory, never the file.
+
+    The mapping goes when this object and the last tensor made from it are gone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.size = path.stat().st_size
+        self._storage = torch.UntypedStorage.from_file(str(path), False, self.size)
+
+    def tensor(self, place: Place) -> Tensor:
+        """A view of the file; a copy where the bytes do not lie on a multiple of the element's size."""
+        info = place.info
+        if place.begin == place.end:
+            return torch.empty(info.shape, dtype=info.dtype)
+        raw = torch.empty(0, dtype=torch.uint8).set_(self._storage[place.begin : place.end])
+        return (raw if place.aligned else raw.clone()).view(info.dtype).view(info.shape)
+
+
+def release(tensor: Tensor) -> None:
+    """Hand the pages of a mapped, never written tensor back to the system; touched again, they are read again.
+
+    Only for tensors that are views of a private mapping: what was written to them would be lost.
+    """
+    page = mmap.PAGESIZE
+    begin = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+    if sys.platform == "linux" and end > begin:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def read_header(path: Path) -> tuple[dict[str, Place], dict[str, str]]:
+    """The places of all tensors of a safetensors file, and its metadata.
+
+    Raises ValueError when the file is cut short, or its header is not one, lies or is beyond all measure.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise broken(path, f"the header is said to have {length} bytes and the file has {size}")
+        if length > HEADER_LIMIT:
+            raise broken(path, f"the header has {length} bytes and at most {HEADER_LIMIT} are read")
+        header = _parsed(path, file.read(length))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise broken(path, "__metadata__ is not a table of texts")
+    places = {name: _place(path, name, row, 8 + length) for name, row in header.items()}
+    position = 8 + length
+    for name, place in sorted(places.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if place.begin != position:
+            what = "overlaps another" if place.begin < position else "leaves a gap before it"
+            raise broken(path, f"tensor {name!r} {what} at byte {place.begin}")
+        position = place.end
+    if position != size:
+        raise broken(path, f"its tensors end at byte {position} and the file at {size}")
+    return places, metadata
+
+
+def broken(path: Path, why: str) -> ValueError:
+    """The error for a safetensors file that cannot be trusted."""
+    size = os.path.getsize(path)
+    return ValueError(f"{path} ({size} bytes) is not a complete safetensors file: {why}; fetch or save it again")
+
+
+def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError("a name comes twice")
+        return table
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        if not isinstance(header, dict):
+            raise ValueError(f"it is a {type(header).__name__}")
+        for name in header:
+            name.encode("utf-8")  # half of a surrogate pair can be in JSON, but not in any other file
+    except (ValueError, RecursionError) as error:
+        raise broken(path, f"the header is not the expected JSON ({_short(error)})") from None
+    return header
+
+
+def _place(path: Path, name: str, row: Any, start: int) -> Place:
+    if not isinstance(row, dict) or row.keys() != {"dtype", "shape", "data_offsets"}:
+        raise broken(path, f"the row of {name!r} is not dtype, shape and data_offsets")
+    dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise broken(path, f"tensor {name!r} has the type {dtype!r:.40}; known: {', '.join(DTYPES)}")
+    if not _naturals(shape) or len(shape) > 64 or any(side > DIM_LIMIT for side in shape):
+        raise broken(path, f"tensor {name!r} has the shape {shape!r:.80}")
+    if not _naturals(offsets) or len(offsets) != 2:
+        raise broken(path, f"tensor {name!r} has the offsets {offsets!r:.80}")
+    info = Info(tuple(shape), DTYPES[dtype])
+    if info.nbytes != offsets[1] - offsets[0]:
+        raise broken(path, f"tensor {name!r}, {dtype} {info.shape}, cannot lie in bytes {offsets!r:.80}")
+    if 0 in shape and prod(side or 1 for side in shape) > DIM_LIMIT:
+        raise broken(path, f"tensor {name!r} has the shape {shape!r:.80}")
+    return Place(info, start + offsets[0], start + offsets[1])
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
