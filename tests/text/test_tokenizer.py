@@ -152,3 +152,76 @@ def test_errors_say_what_to_do(tokenizer: ClipTokenizer, tmp_path: Path) -> None
 
 def test_nothing_in_nothing_out(tokenizer: ClipTokenizer) -> None:
     assert tokenizer([]).shape == (0, 24)
+
+
+def spelled(tokenizer: ClipTokenizer, text: str) -> list[int]:
+    """The ids of `text` alone, without start, end and padding."""
+    return list(tokenizer.pieces([text])[0].ids)
+
+
+def test_a_trigger_stands_for_its_ids_as_a_whole_word(tokenizer: ClipTokenizer) -> None:
+    with_triggers = tokenizer.expanded({"<Toy>": [700], "red": [701, 702], "Red  apple": [703], "naïve": [704]})
+    a, apple, red = (spelled(tokenizer, word) for word in ("a", "apple", "red"))
+    comma, mark = spelled(tokenizer, ","), spelled(tokenizer, "(")
+    for text, expected in {
+        "a <toy>": [*a, 700],
+        "a<TOY>a": [*a, 700, *a],
+        "<toy>, a": [700, *comma, *a],
+        "RED": [701, 702],
+        "(red, a": [*mark, 701, 702, *comma, *a],
+        "a red\n apple": [*a, 703],
+        "Red apple red": [703, 701, 702],
+        "naïve": [704],
+        "nai\u0308ve": [704],
+        "reds": spelled(tokenizer, "reds"),
+        "bored": spelled(tokenizer, "bored"),
+        "red2": spelled(tokenizer, "red2"),
+        "<toy": spelled(tokenizer, "<toy"),
+        "a apple": [*a, *apple],
+        "": [],
+    }.items():
+        assert spelled(with_triggers, text) == expected, text
+    assert spelled(tokenizer, "a red <toy>") == [*a, *red, *spelled(tokenizer, "<toy>")]
+
+
+def test_the_pieces_of_a_text_with_triggers(tokenizer: ClipTokenizer) -> None:
+    text = "  A puppy, cute Red apple  "
+    ours = tokenizer.expanded({"cute": [700, 701]})
+    (found,), (plain,) = ours.pieces([text]), tokenizer.pieces([text.replace("cute", "blue")])
+    at = plain.tokens.index("blue</w>")
+    assert (found.ids[:at], found.ids[at + 2 :]) == (plain.ids[:at], plain.ids[at + 1 :])
+    assert found.tokens[at : at + 2] == ["cute", "cute"]
+    assert found.offsets == [*plain.offsets[:at], (11, 15), (11, 15), *plain.offsets[at + 1 :]]
+    assert found.word_ids == [*plain.word_ids[: at + 1], *plain.word_ids[at:]]
+    for (start, end), token in zip(found.offsets, found.tokens, strict=True):
+        assert text[start:end].lower().strip() == token.removesuffix("</w>"), token
+
+
+def test_texts_without_triggers_are_read_as_ever(tokenizer: ClipTokenizer) -> None:
+    ours = tokenizer.expanded({"<sks>": [700], "unheard": [701, 702]})
+    for text, found, expected in zip(probes(), ours.pieces(probes()), tokenizer.pieces(probes()), strict=True):
+        assert (found.ids, found.offsets) == (expected.ids, expected.offsets), text
+    assert torch.equal(ours(probes()), tokenizer(probes()))
+    assert len(ours) == len(tokenizer)
+
+
+def test_expanding_makes_a_new_tokenizer(tokenizer: ClipTokenizer, tmp_path: Path) -> None:
+    ours = tokenizer.expanded({"cute": [700, 701]})
+    assert (tokenizer.expansions, ours.expansions) == ({}, {"cute": (700, 701)})
+    assert ours.expanded({"other": [702]}).expansions == {"other": (702,)}
+    assert ours.expanded({})(["cute"]).tolist() == tokenizer(["cute"]).tolist()
+    assert ours.decode(ours(["a cute, red puppy"])[0]) == "a cute , red puppy"
+    with pytest.raises(ValueError, match="first remove the embeddings cute"):
+        ours.save(tmp_path)
+    for wrong in ({"": [1]}, {" ": [1]}, {"word": []}):
+        with pytest.raises(ValueError, match="give a word and one id or more"):
+            tokenizer.expanded(wrong)
+    with pytest.raises(ValueError, match="given twice"):
+        tokenizer.expanded({"Cat": [1], "cat ": [2]})
+
+
+def test_a_trigger_at_the_end_of_the_room_is_reported(tokenizer: ClipTokenizer) -> None:
+    ours = tokenizer.expanded({"cute": [700, 701, 702]})
+    tokens = ours.tokenize(["red " * 20 + "cute apple"])
+    assert tokens.ids[0, 21:].tolist() == [700, 701, tokenizer.eos_id]
+    assert tokens.cut == ("cute apple",)

@@ -7,8 +7,12 @@ carries `</w>`. Radford et al. 2021 (CLIP), section 2.4; Sennrich et al. 2016 fo
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import logging
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +59,20 @@ class Tokens:
     cut: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """The uncut pieces of one text with triggers in it, under the names that `tokenizers.Encoding` has.
+
+    offsets: where each piece stands in the text; all ids of a trigger have the trigger's place.
+    word_ids: the number of the word that each piece belongs to.
+    """
+
+    ids: list[int]
+    tokens: list[str]
+    word_ids: list[int | None]
+    offsets: list[tuple[int, int]]
+
+
 class ClipTokenizer:
     """Texts to CLIP token ids.
 
@@ -64,6 +82,7 @@ class ClipTokenizer:
     special:    the start, end, padding and unknown tokens.
     added:      further tokens that are matched as a whole (textual inversion), numbered after the vocabulary.
 
+    `expansions` are the trigger words that `expanded` gave it, and the ids that each stands for; none at first.
     Raises ValueError when a special token is missing from the vocabulary.
     """
 
@@ -82,11 +101,40 @@ class ClipTokenizer:
         self.max_length = max_length
         self.special = special
         self.added = tuple(added)
+        self.expansions: dict[str, tuple[int, ...]] = {}
+        self._order: list[str] = []
+        self._triggers: re.Pattern[str] | None = None
         self.backend = _backend(self.vocabulary, self.merges, special, self.added)
         self.bos_id, self.eos_id, self.pad_id = (self._id(t) for t in (special.bos, special.eos, special.pad))
 
+    def expanded(self, expansions: Mapping[str, Sequence[int]]) -> ClipTokenizer:
+        """A tokenizer that also knows these triggers, in the place of those that this one knows.
+
+        expansions: a word, or several with blanks between, and the ids that it stands for in every text. It is
+        found whatever its case, as CLIP reads everything in lower case, and only as a whole: "cat" not in "cats".
+        A word of the vocabulary loses its own meaning while it is a trigger, as in other programs.
+        Raises ValueError for an empty trigger, one without ids, or two that differ in case or blanks alone.
+        """
+        new = copy.copy(self)
+        new.expansions = {word: tuple(ids) for word, ids in expansions.items()}
+        folded = Counter(self.folded(word) for word in expansions)
+        for word, ids in new.expansions.items():
+            if not self.folded(word) or not ids:
+                raise ValueError(f"trigger {word!r} with {len(ids)} ids; give a word and one id or more")
+            if folded[self.folded(word)] > 1:
+                raise ValueError(f"the trigger {word!r} is given twice; case and blanks do not tell words apart")
+        # Where one trigger begins like another, the longer one is meant.
+        new._order = sorted(new.expansions, key=len, reverse=True)
+        groups = "|".join(f"({_whole_word(word)})" for word in new._order)
+        new._triggers = re.compile(groups, re.IGNORECASE) if groups else None
+        return new
+
+    def folded(self, text: str) -> str:
+        """`text` as CLIP compares it: composed characters, single blanks, lower case."""
+        return str(self.backend.normalizer.normalize_str(text)).strip()
+
     def __len__(self) -> int:
-        """Number of ids, added tokens included."""
+        """Number of ids, added tokens included, those of triggers not."""
         return int(self.backend.get_vocab_size())
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -112,18 +160,59 @@ class ClipTokenizer:
         ids = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)  # (B, L)
         return Tokens(ids, tuple(cut))
 
-    def pieces(self, texts: Sequence[str]) -> list[Encoding]:
+    def pieces(self, texts: Sequence[str]) -> list[Encoding | Pieces]:
         """The uncut pieces of each text, without start and end: ids, tokens, word_ids, offsets."""
+        if self._triggers is not None:
+            return [self._expand(text, self._triggers) for text in texts]
         return list(self.backend.encode_batch(list(texts), add_special_tokens=False))
 
+    def _expand(self, text: str, triggers: re.Pattern[str]) -> Pieces:
+        """The pieces of what lies between triggers, and the triggers' ids."""
+        found = Pieces([], [], [], [])
+        end = words = 0
+        for match in (*triggers.finditer(text), None):
+            start = len(text) if match is None else match.start()
+            plain = self.backend.encode(text[end:start], add_special_tokens=False)
+            found.ids.extend(plain.ids)
+            found.tokens.extend(plain.tokens)
+            found.word_ids.extend(None if word is None else words + word for word in plain.word_ids)
+            found.offsets.extend((end + a, end + b) for a, b in plain.offsets)
+            words += 1 + max((word for word in plain.word_ids if word is not None), default=-1)
+            if match is not None and match.lastindex is not None:
+                trigger = self._order[match.lastindex - 1]
+                ids, end = self.expansions[trigger], match.end()
+                found.ids.extend(ids)
+                found.tokens.extend([trigger] * len(ids))
+                found.word_ids.extend([words] * len(ids))
+                found.offsets.extend([match.span()] * len(ids))
+                words += 1
+        return found
+
     def decode(self, ids: Iterable[int] | Tensor) -> str:
-        """The text of some ids, without start, end and padding, words separated by blanks."""
+        """The text of some ids, without start, end and padding, words separated by blanks.
+
+        Of a trigger's ids the first is written as the trigger and the others as nothing.
+        """
         flat = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        text = str(self.backend.decode(flat, skip_special_tokens=True))
-        return text.replace(WORD_END, " ").strip()
+        triggers = {id: word if i == 0 else "" for word, row in self.expansions.items() for i, id in enumerate(row)}
+        parts: list[str] = []
+        for is_trigger, run in itertools.groupby(flat, key=triggers.__contains__):
+            if is_trigger:
+                parts.extend(triggers[id] for id in run)
+            else:
+                text = str(self.backend.decode(list(run), skip_special_tokens=True))
+                parts.append(text.replace(WORD_END, " ").strip())
+        return " ".join(part for part in parts if part)
 
     def save(self, folder: Path | str) -> None:
-        """Write the files of a `tokenizer/` folder, which transformers' CLIPTokenizer opens as well."""
+        """Write the files of a `tokenizer/` folder, which transformers' CLIPTokenizer opens as well.
+
+        Raises ValueError while it has triggers, whose embeddings no folder of the same model has.
+        """
+        if self.expansions:
+            raise ValueError(
+                f"a tokenizer with triggers cannot be saved; first remove the embeddings {', '.join(self.expansions)}"
+            )
         folder = Path(folder)
         special = self.special
         roles = {role: _added_dict(token, special.normalized) for role, token in _roles(special).items()}
@@ -179,6 +268,15 @@ class ClipTokenizer:
         return int(number)
 
 
+def _whole_word(trigger: str) -> str:
+    """A pattern for a trigger: any white space for its blanks, no letters or digits right before or after it."""
+    spellings = {unicodedata.normalize(form, trigger).strip() for form in ("NFC", "NFD")}
+    patterns = (r"\s+".join(re.escape(word) for word in spelling.split()) for spelling in sorted(spellings))
+    before = r"(?<!\w)" if trigger.strip()[0].isalnum() else ""
+    after = r"(?!\w)" if trigger.strip()[-1].isalnum() else ""
+    return f"{before}(?:{'|'.join(patterns)}){after}"
+
+
 def train_vocabulary(texts: Iterable[str], size: int, max_length: int = CLIP_LENGTH) -> ClipTokenizer:
     """Learn a byte-pair vocabulary of at most `size` pieces from `texts`; the same texts give the same pieces.
 
@@ -186,7 +284,7 @@ def train_vocabulary(texts: Iterable[str], size: int, max_length: int = CLIP_LEN
     so every text can be spelled and nothing is unknown. Raises ValueError when `size` has no room for the 514
     fixed pieces.
     """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=_byte_order)
+    alphabet = byte_alphabet()
     fixed = [*alphabet, *(byte + WORD_END for byte in alphabet)]
     if size < len(fixed) + 2:
         raise ValueError(f"size {size} is too small: bytes, start and end token take {len(fixed) + 2}")
@@ -223,9 +321,10 @@ def _count_words(texts: Iterable[str]) -> Counter[str]:
     return words
 
 
-def _byte_order(symbol: str) -> tuple[bool, int]:
-    # Printable characters stand for themselves and come first, as in CLIP's own vocabulary ("!" is number 0).
-    return ord(symbol) >= 256, ord(symbol)
+def byte_alphabet() -> list[str]:
+    """The 256 letters that bytes are spelled with, in the order of CLIP's vocabulary ("!" is number 0)."""
+    # Printable characters stand for themselves and come first.
+    return sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda symbol: (ord(symbol) >= 256, ord(symbol)))
 
 
 def _normalizer() -> normalizers.Normalizer:

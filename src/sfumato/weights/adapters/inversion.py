@@ -66,7 +66,7 @@ class EmbeddingHost:
     def __init__(self, tokenizer: ClipTokenizer, text_encoder: CLIPTextModel) -> None:
         self._original = self.tokenizer = tokenizer
         self._layer: nn.Embedding = text_encoder.text_model.embeddings.token_embedding
-        self._table: nn.Parameter = self._layer.weight
+        self._table = _table(self._layer)
         self._wanted: tuple[Embedding, ...] = ()
 
     @property
@@ -85,7 +85,7 @@ class EmbeddingHost:
         if tuple(map(id, wanted)) == tuple(map(id, self._wanted)):
             return self.tokenizer
         if not self._wanted:
-            self._table = self._layer.weight
+            self._table = _table(self._layer)
         rows, width = self._table.shape
         room = self._original.max_length - 2
         expansions: dict[str, range] = {}
@@ -118,6 +118,12 @@ class EmbeddingHost:
             table = nn.Parameter(longer.to(now.device, now.dtype), requires_grad=self._table.requires_grad)
         self._layer.weight = table
         self._layer.num_embeddings = table.shape[0]
+
+
+def _table(layer: nn.Embedding) -> nn.Parameter:
+    table = layer.weight
+    assert isinstance(table, nn.Parameter)
+    return table
 
 
 def _vectors(weights: Weights) -> tuple[str, Tensor]:
