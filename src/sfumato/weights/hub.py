@@ -170,7 +170,7 @@ def fetch(
     Raises FileNotFoundError or ValueError in one line: no such model, not allowed, not reachable, nothing to open.
     """
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = parse_id(name)
     if wanted is None:
@@ -204,7 +204,9 @@ def fetch(
         root = snapshot_download(wanted.repo, revision=wanted.revision, cache_dir=cache, allow_patterns=only)
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(unreachable(name, error)) from None
-    except network as error:
+    except FileNotFoundError:
+        raise
+    except (network, OSError) as error:
         raise FileNotFoundError(refused(name, wanted, error)) from None
     return Path(root) / plan.place
 
@@ -212,7 +214,7 @@ def fetch(
 def cached(wanted: HubId, cache: Path | str | None = None) -> Path | None:
     """The folder of a repository's files in the hub's cache, complete or not; the network is not used."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import LocalEntryNotFoundError
 
     try:  # no patterns: no file in particular is demanded
         found = snapshot_download(
@@ -268,7 +270,7 @@ def needed(names: Collection[str], variant: str | None, dtype: torch.dtype | Non
 def ready(folder: Path, wanted: HubId, variant: str | None, dtype: torch.dtype | None) -> Path | None:
     """What to open of a repository's files in the cache; None unless all that this takes is there."""
     plan = plan_for(wanted, _files(folder), variant, dtype)
-    if plan is None:
+    if plan is None or (variant is not None and not any(f".{variant}" in name for name in plan.names)):
         return None
     place = folder / plan.place
     if place.is_file() or not (place / INDEX).is_file():
@@ -300,14 +302,15 @@ def nothing(wanted: HubId, names: Collection[str]) -> str:
 def unreachable(name: str, error: Exception) -> str:
     """What to do when a download did not come through, in one line."""
     first = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-    return f"{name} is not in the hub's cache, and the hub was not reached: {first[0]}; give a local path instead"
+    return f"{name} is not in the hub's cache and could not be fetched: {first[0]}; give a local path instead"
 
 
 def refused(name: str, wanted: HubId, error: Exception) -> str:
     """What to do about an answer of the hub, in one line."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import constants
+    from huggingface_hub.utils import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    page = f"https://huggingface.co/{wanted.repo}"
+    page = f"{constants.ENDPOINT}/{wanted.repo}"
     if isinstance(error, GatedRepoError):
         return f"{wanted.repo} is gated: accept its terms at {page}, then log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, RevisionNotFoundError):
