@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-MEMBERS = 100_000
-DIRECTORY_LIMIT = 32 * 2**20  # bytes of the table at the archive's end
+MEMBERS = 100_000  # a full checkpoint with optimiser states has about 6,000
+DIRECTORY_LIMIT = 8 * 2**20  # bytes of the table at the archive's end
 END, END64, LOCATOR64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 TINY, HUGE = 0xFFFF, 0xFFFFFFFF  # "see the 64-bit record instead"
 LOCAL = b"PK\x03\x04"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 HEADER_LIMIT = 16 * 2**20  # bytes of JSON; a full Stable Diffusion file has 0.2 MiB, the longest adapters' about 5
+BRACKETS_LIMIT = 500_000  # each list or table of JSON takes 30 times its two characters in memory
 DIM_LIMIT = 2**40  # of one side, which matters only where another side is 0
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -133,22 +134,34 @@ def broken(path: Path, why: str) -> ValueError:
     return ValueError(f"{path} ({size} bytes) is not a complete safetensors file: {why}; fetch or save it again")
 
 
-def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+def parse_json(text: bytes) -> dict[str, Any]:
+    """The object in a JSON text from anywhere; ValueError unless it is one, of sensible size, each name once."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
             raise ValueError("a name comes twice")
         return table
 
+    if len(text) > HEADER_LIMIT or text.count(b"[") + text.count(b"{") > BRACKETS_LIMIT:
+        raise ValueError(f"{len(text)} bytes with {text.count(b'[') + text.count(b'{')} brackets are too much")
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-        if not isinstance(header, dict):
-            raise ValueError(f"it is a {type(header).__name__}")
-        for name in header:
-            name.encode("utf-8")  # half of a surrogate pair can be in JSON, but not in any other file
-    except (ValueError, RecursionError) as error:
-        raise broken(path, f"the header is not the expected JSON ({_short(error)})") from None
-    return header
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"it is a {type(content).__name__}")
+    for name in content:
+        name.encode("utf-8")  # half of a surrogate pair can be in JSON and cannot be printed
+    return content
+
+
+def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        why = " ".join(str(error).split())[:160]
+        raise broken(path, f"the header is not the expected JSON ({why})") from None
 
 
 def _place(path: Path, name: str, row: Any, start: int) -> Place:
@@ -171,7 +184,3 @@ def _place(path: Path, name: str, row: Any, start: int) -> Place:
 
 def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NoReturn, cast
 import torch
 
 READ_LIMIT = 2**20  # bytes of one text or number
-STEPS = 1_000_000  # instructions; a full checkpoint with optimiser states has about 200,000
+STEPS = 600_000  # instructions; a full checkpoint with optimiser states has about 200,000
 TYPES: Mapping[str, torch.dtype] = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,

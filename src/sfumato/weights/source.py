@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sfumato.weights.gguf import Quantised, read_gguf
-from sfumato.weights.mapped import HEADER_LIMIT, Info, Mapped, Place, read_header, release
+from sfumato.weights.mapped import HEADER_LIMIT, Info, Mapped, Place, parse_json, read_header, release
 from sfumato.weights.pickles import LEGACY, Pickled, read_legacy, read_zip, refuse_pickle
 
 __all__ = ["Info", "Weights", "open_weights"]
@@ -210,13 +209,13 @@ def _joined(homes: Mapping[str, str], tables: Mapping[str, Table]) -> Table:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    if path.stat().st_size > HEADER_LIMIT:
-        raise ValueError(f"{path} looks like JSON, and is too long for an index of shards; {ADVICE}")
+    with open(path, "rb") as file:
+        text = file.read(HEADER_LIMIT + 1)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path} looks like JSON and is not valid; {ADVICE}") from None
-    homes = content.get("weight_map") if isinstance(content, dict) else None
+        content = parse_json(text.removeprefix(b"\xef\xbb\xbf"))
+    except ValueError:
+        raise ValueError(f"{path} looks like JSON, and is not an index of shards; {ADVICE}") from None
+    homes = content.get("weight_map")
     if not isinstance(homes, dict) or not homes:
         raise ValueError(f"{path} is JSON without a weight_map, so no index of shards; {ADVICE}")
     for name, home in homes.items():
