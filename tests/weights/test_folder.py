@@ -314,6 +314,19 @@ def test_names_of_other_versions(
         load_folder(copy)
 
 
+def test_old_names_in_an_unconditional_unet(tiny_parts: Components, tmp_path: Path) -> None:
+    saved = tiny("LDMPipeline", tiny_parts)
+    save_folder(saved, tmp_path / "model")
+    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = read_tensors(file)
+    old = {name: name for name in tensors}
+    for new, word in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        old = {name: spelled.replace(f".{new}.", f".{word}.") for name, spelled in old.items()}
+    assert sum(name != spelled for name, spelled in old.items()) == 8 * 4  # four attentions
+    write_tensors(file, {old[name]: tensor.clone() for name, tensor in tensors.items()})
+    assert_same(saved, load_folder(tmp_path / "model"))
+
+
 def test_a_tower_with_a_projection_is_read_without_it(copy: Path, tiny_parts: Components) -> None:
     edit(copy / "model_index.json", text_encoder=["transformers", "CLIPTextModelWithProjection"])
     assert_same(tiny_parts, load_folder(copy))
