@@ -10,8 +10,6 @@ from huggingface_hub import constants
 
 from sfumato.cli import main
 from sfumato.cli.models import size
-from sfumato.presets import SD15
-from sfumato.weights import compvis
 from sfumato.weights.folder import Components, load_folder
 from sfumato.weights.listing import listing
 from sfumato.weights.safe import read_tensors, write_tensors
@@ -38,12 +36,10 @@ def library(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def checkpoint(context: int) -> dict[str, torch.Tensor]:
-    """The names of Stable Diffusion 1.x in one file, with tensors that have its shapes and take no memory on disk."""
-    unet = compvis.unet_map(SD15.unet).prefixed(compvis.UNET)
-    names = [row.theirs for row in unet.rows]
-    few = {name: torch.zeros(1) for name in names}
-    first, deep = "model.diffusion_model.input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
-    return few | {first: torch.zeros(320, 4, 3, 3), f"model.diffusion_model.{deep}.weight": torch.zeros(2, context)}
+    """The two tensors by which the U-Net of a checkpoint is known."""
+    prefix = "model.diffusion_model.input_blocks."
+    first, deep = "0.0.weight", "1.1.transformer_blocks.0.attn2.to_k.weight"
+    return {prefix + first: torch.zeros(320, 4, 3, 3), prefix + deep: torch.zeros(2, context)}
 
 
 def lora(context: int) -> dict[str, torch.Tensor]:
