@@ -12,7 +12,7 @@ from sfumato.presets import BUILT_IN, PRESETS, Preset, VAEConfig
 from sfumato.weights import parts
 from sfumato.weights.detect import PARTS, TEXT, UNET, VAE, places, signature_of, spells
 from sfumato.weights.folder import load_folder, load_vae_folder, save_folder
-from sfumato.weights.hub import find_file, find_model
+from sfumato.weights.hub import find_model
 from sfumato.weights.parts import Components, HasComponents, preset_of
 from sfumato.weights.single import Single, load_single, read_part, save_single
 from sfumato.weights.source import open_weights
@@ -138,7 +138,7 @@ def load_vae(source: Path | str, dtype: torch.dtype | None, device: torch.device
     like: configuration of the autoencoder that it takes the place of.
     Raises FileNotFoundError, or ValueError when there is none or its latents are of another kind.
     """
-    path = Path(source) if Path(source).exists() else find_file("vae", str(source))
+    path = find_model(str(source), "vae", dtype)
     if path.is_dir():
         loaded = load_vae_folder(path, dtype, device)
     else:
