@@ -140,7 +140,17 @@ def test_more_schedules() -> None:
     assert schedule("[a:b:0.99]", 3) == [(2, "a"), (3, "b")]  # 2.97 steps are two whole ones
     assert schedule("[[a|b]:c:2]", 4) == [(1, "a"), (2, "b"), (3, "c"), (4, "c")]
     assert schedule("[a|[b:c:2]]", 4) == [(1, "a"), (2, "b"), (3, "a"), (4, "c")]
-    for text in (r"\[a:b:2\]", "[a:b:c:2]", "[a:b]", "(a:b:2)", "[a:b:]", "a | b", "[a:b:2)", "[a|b:c]"):
+    for text in (
+        r"\[a:b:2\]",
+        "[a:b:c:2]",
+        "[a:b]",
+        "(a:b:2)",
+        "[a:b:]",
+        "a | b",
+        "[a:b:2)",
+        "[a|b:c]",
+        "[a [b:c] d:e:2]",
+    ):
         assert schedule(text, 4) == [(4, text)], text
     assert schedule("(a|b) [c:2", 4) == [(4, "(a|b) [c:2")]
     with pytest.raises(ValueError, match="steps = 0"):

@@ -95,9 +95,7 @@ def _scaled(z: Tensor, weights: Tensor) -> Tensor:
     new = old * weights
     before, after = (t.mean(dim=(1, 2), keepdim=True) for t in (old, new))  # (n, 1, 1)
     means_something = torch.minimum(before.abs(), after.abs()) > 1e-5 * old.abs().mean(dim=(1, 2), keepdim=True)
-    new = new * torch.where(means_something, before / after, 1.0)
-    plain = (weights == 1).all(dim=1, keepdim=True)  # (n, 1, 1): chunks without weights stay bit for bit
-    return torch.where(plain, z, new.to(z.dtype))
+    return (new * torch.where(means_something, before / after, 1.0)).to(z.dtype)
 
 
 def _drawn_out(z: Tensor, weights: Tensor, empty: Tensor) -> Tensor:
