@@ -33,7 +33,7 @@ PICKLE_LIMIT = 32 * 2**20  # bytes of the program; those of full checkpoints wit
 # The first of the pickles that make up the older form: a number that stands for "PyTorch".
 LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e"
 # A pickle in the oldest form, which is text, names what it will call in its first lines.
-TEXT_PICKLE = re.compile(rb"[(\]}]*[ci][\w.]+\n[\w.]+\n")
+TEXT_PICKLE = re.compile(rb"(?:c|[(\]}]+(?:[SVIFL][^\n]*\n)*[ci])[\w.]+\n[\w.]+\n")
 DEPTH = 8  # of tables within tables
 # What training keeps beside the weights, by the names that are in use.
 TRAINING = {"callbacks", "loops", "optimizer", "optimizer_state_dict", "optimizer_states", "optimizers"}
