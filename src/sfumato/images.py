@@ -121,15 +121,18 @@ def infotext(request: Request) -> str:
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
         "Model": Path(request.model).name,
+        "Denoising strength": request.strength,
+        # Counted from 1 there.
+        "Clip skip": request.clip_skip + 1 if request.clip_skip else None,
     }
-    parameters = ", ".join(f"{name}: {value}" for name, value in values.items())
+    parameters = ", ".join(f"{name}: {value}" for name, value in values.items() if value is not None)
     return "\n".join([request.prompt, *negative, parameters])
 
 
 def _text(request: Request | None, made_with: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
     info = PngImagePlugin.PngInfo()
     if request is not None:
-        info.add_text(RECIPE, json.dumps(request.model_dump()))
+        info.add_text(RECIPE, json.dumps(request.model_dump(mode="json")))
         info.add_text(INFOTEXT, infotext(request))
     if made_with:
         info.add_text(MADE_WITH, json.dumps(dict(made_with)))

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from sfumato.cli import main
@@ -69,6 +71,32 @@ def test_a_folder_may_be_named(tiny_folder: Path, capsys: pytest.CaptureFixture[
     assert (code, out) == (0, names), err
 
 
+def test_a_picture_from_a_picture(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.effect_noise((41, 26), 90).save("in.png")
+    flags = ("-i", "in.png", "--strength", 0.5, "--steps", 4, "--seed", 3, "--clip-skip", 1, "--prompt-rule", "comfy")
+    code, out, err = sfumato(capsys, "a (red:1.3) apple", *flags, "-m", tiny_folder, "-o", "out.png")
+    assert (code, out) == (0, ["out.png"]) and "40x24" in err, err
+    made = read_recipe("out.png")
+    assert (made.image, made.strength, made.clip_skip, made.prompt_rule) == ("in.png", 0.5, 1, "comfy")
+    code, out, err = sfumato(capsys, "--recipe", "out.png", "-q", "-o", "again.png")
+    assert code == 0 and pixels("again.png") == pixels("out.png"), err
+    sfumato(capsys, "--recipe", "out.png", "-q", "-o", "other.png", "--strength", 1)
+    assert pixels("other.png") != pixels("out.png")
+
+
+def test_an_adapter_in_the_prompt(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_v"
+    rise = torch.linspace(0, 1, 32)
+    tensors = {f"{name}.lora_down.weight": rise[None], f"{name}.lora_up.weight": rise.clone()[:, None]}
+    save_file(tensors, "smoke.safetensors")
+    for prompt, path in ((PROMPT, "a.png"), (f"{PROMPT} <lora:smoke.safetensors:0.5>", "b.png"), (PROMPT, "c.png")):
+        code, _, err = sfumato(capsys, prompt, "-m", tiny_folder, "--steps", 2, "--seed", 3, "-o", path)
+        assert code == 0, err
+    assert pixels("a.png") == pixels("c.png") != pixels("b.png")
+    code, _, err = sfumato(capsys, f"{PROMPT} <lora:frost>", "-m", tiny_folder)
+    assert code == 2 and err.startswith("sfumato: no lora 'frost'") and err.count("\n") == 1, err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -78,8 +106,16 @@ def test_a_folder_may_be_named(tiny_folder: Path, capsys: pytest.CaptureFixture[
         (["--steps", "0"], "num_inference_steps = '0': input should be greater than or equal to 1"),
         (["--steps", "many"], "num_inference_steps = 'many': input should be a valid integer"),
         (["--eta", "0.5"], "sampler 'dpmpp_2m' takes no eta; these do: ddim"),
-        (["--model", "nowhere"], "no model folder 'nowhere'"),
+        (["--model", "nowhere"], "no model 'nowhere': it is no path"),
         (["--model", "."], "not a model folder"),
+        (["--mask", "gone.png"], "has no use for mask; of its kind it takes: "),
+        (["--image", "gone.png"], "image: no picture gone.png"),
+        (["--strength", "0.5"], "strength = 0.5 says how far to leave an image; give an image as well"),
+        (["--strength", "-1"], "strength = '-1': input should be greater than or equal to 0"),
+        (["--vae", "gone.safetensors"], "no vae 'gone.safetensors'"),
+        (["--prediction", "w"], "unknown prediction 'w'; known: epsilon, v_prediction"),
+        (["--prompt-rule", "x"], "unknown weighting rule 'x'; known: a1111, comfy, none"),
+        (["--embeddings", "a,gone"], "no embedding 'a'"),
         (["-o", "a.docx"], "unknown picture suffix '.docx'; use one of .png"),
         (["-o", "/dev/null/a.png"], "/dev/null"),
         (["--precision", "int8"], "unknown precision 'int8'; known: float32"),

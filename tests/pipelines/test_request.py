@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
-from sfumato.pipelines.pipeline import Pipeline
+from sfumato.pipelines.inputs import open_picture
+from sfumato.pipelines.pipeline import Pipeline, load
 from sfumato.pipelines.request import MAX_SEED, Request, parse
-from sfumato.presets import MINI, SD1, SD2, Preset, detect, model_folder
+from sfumato.presets import MINI, SD15
 
 
 def test_what_is_left_open_comes_from_the_preset() -> None:
@@ -17,7 +21,7 @@ def test_what_is_left_open_comes_from_the_preset() -> None:
     assert (request.width, request.height, request.num_inference_steps) == (128, 128, 20)
     assert (request.guidance_scale, request.sampler) == (3.0, "dpmpp_2m")
     assert request.seed is not None and 0 <= request.seed < 2**32
-    assert request.resolved(SD1) == request, "a resolved request stays as it is"
+    assert request.resolved(SD15) == request, "a resolved request stays as it is"
 
 
 def test_each_picture_has_a_request_of_its_own() -> None:
@@ -43,8 +47,12 @@ def test_json_brings_the_request_back() -> None:
         ({"seed": -1}, r"seed = -1: .*greater than or equal to 0"),
         ({"seed": MAX_SEED, "num_images": 2}, r"largest seed"),
         ({"width": "wide"}, r"width = 'wide': input should be a valid integer"),
-        ({"prompt": "  "}, r"the prompt is blank"),
-        ({"prompt": ""}, r"prompt = ''"),
+        ({"image": 3}, r"3 is no picture; give a file's path or a PIL image"),
+        ({"mask": ""}, r"'' is no picture"),
+        ({"strength": 1.5}, r"strength = 1.5: .*less than or equal to 1"),
+        ({"noise_level": 351}, r"noise_level = 351: .*less than or equal to 350"),
+        ({"prompt_rule": "forge"}, r"unknown weighting rule 'forge'; known: a1111, comfy, none"),
+        ({"prediction": "w"}, r"unknown prediction 'w'; known: epsilon, v_prediction"),
         ({"step": 5}, r"unknown option 'step'; .*known: prompt"),
         ({"num_images": 0, "seed": -1}, r"seed = -1.*; num_images = 0"),
     ],
@@ -64,7 +72,8 @@ def test_every_field_is_described_and_the_pipeline_takes_it() -> None:
     assert all(field.get("description") for field in schema["properties"].values())
     assert schema["additionalProperties"] is False
     taken = {n.replace("num_images_per_prompt", "num_images") for n in inspect.signature(Pipeline.__call__).parameters}
-    assert set(Request.model_fields) - {"model"} <= taken
+    opening = set(inspect.signature(load).parameters)
+    assert set(Request.model_fields) <= taken | opening and not taken & opening
 
 
 def test_importing_it_does_not_import_torch() -> None:
@@ -72,14 +81,12 @@ def test_importing_it_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("width", "side", "preset"), [(256, 128, MINI), (768, 512, SD1), (1024, 768, SD2), (1024, 512, SD2)]
-)
-def test_presets_are_told_by_the_context(width: int, side: int, preset: Preset) -> None:
-    found = detect(width, side, "leading")
-    assert (found.name, found.width, found.height, found.spacing) == (preset.name, side, side, "leading")
-
-
-def test_unknown_models_say_what_to_give() -> None:
-    with pytest.raises(FileNotFoundError, match="no model folder 'nope'; give a folder or a built-in model: mini"):
-        model_folder("nope")
+def test_pictures_in_json() -> None:
+    request = parse(image=Path("a/b.png"), mask=Image.new("L", (4, 2)), embeddings="one.pt, two")
+    assert (request.image, request.embeddings) == ("a/b.png", ("one.pt", "two"))
+    assert request.model_dump()["mask"] is request.mask, "in memory it stays a picture"
+    written = json.loads(request.model_dump_json())
+    assert written["image"] == "a/b.png"
+    assert written["mask"].startswith("<picture in memory, 4x2 L, sha256 ")
+    with pytest.raises(ValueError, match=r"mask was <picture in memory, 4x2 L, .* give that picture again as mask"):
+        open_picture(parse(**written).mask, "mask")

@@ -71,8 +71,6 @@ def run(
 
         fields = read_recipe(recipe).model_dump() | fields
         precision = precision or read_made_with(recipe).get("precision")
-    if "prompt" not in fields:
-        raise ValueError('no prompt; say what the picture shows: sfumato "a red apple on a blue background"')
     request = parse(**fields)
     places = Places(out, request.num_images, grid)
 
@@ -82,7 +80,7 @@ def run(
         import torch
 
         torch.set_num_threads(threads)
-    pipe = load(request.model, precision, device, batch)
+    pipe = load(request.model, precision, device, batch, request.vae, request.base, request.prediction)
     singles = pipe.resolve(request)
     if not quiet:
         print(describe(pipe, singles[0]), file=sys.stderr)
@@ -148,7 +146,7 @@ def write(pipe: Pipeline, singles: Sequence[Request], places: Places, report: Ca
 def describe(pipe: Pipeline, request: Request) -> str:
     """One line on what is about to happen, and why there."""
     return (
-        f"{request.model}, seed {request.seed}, {request.width}x{request.height}, "
+        f"{request.model} ({pipe.preset.title}), seed {request.seed}, {request.width}x{request.height}, "
         f"{request.num_inference_steps} steps of {request.sampler} ({request.spacing}), "
         f"guidance {request.guidance_scale:g}; {pipe.runtime.reason}"
     )
@@ -176,10 +174,10 @@ def _parameter(name: str) -> inspect.Parameter:
     """A field of Request as a command-line parameter; None means not given."""
     field = Request.model_fields[name]
     kind: Any = next((a for a in get_args(field.annotation) if a is not type(None)), field.annotation)
-    flags = next((extra.names for extra in field.metadata if isinstance(extra, Flag)), ())
-    names = (*flags, f"--{name.replace('_', '-')}")
+    flag = next((extra for extra in field.metadata if isinstance(extra, Flag)), Flag())
+    names = (*flag.names, f"--{name.replace('_', '-')}")
     # Text is handed on as it is: Request alone says what is a number, and words the errors.
-    role: Any = typer.Option(*names, help=field.description, metavar=kind.__name__.upper())
+    role: Any = typer.Option(*names, help=field.description, metavar=flag.value or kind.__name__.upper())
     if name == "prompt":
         role = typer.Argument(help=field.description)
     annotation = Annotated[str | None, role]

@@ -1,11 +1,10 @@
-"""`Pipeline`: a model folder's parts, and requests turned into pictures.
+"""`Pipeline`: a model's parts, and requests turned into pictures.
 
 B pictures in a network call, C channels, h w latent height and width, H W picture height and width.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,20 +17,21 @@ from torch import Tensor
 from sfumato import __version__
 from sfumato.cond import Cond
 from sfumato.diffusion.drive import Run, drive
-from sfumato.diffusion.guidance import CFG
-from sfumato.diffusion.samplers import SAMPLERS, evaluations
+from sfumato.diffusion.samplers import evaluations
 from sfumato.diffusion.scheduler import Plan, Scheduler
 from sfumato.images import to_pil
-from sfumato.models.autoencoder import AutoencoderKL
-from sfumato.models.clip import CLIPTextModel
 from sfumato.models.unet import UNet
+from sfumato.pipelines.check import PICTURES, check, settled
+from sfumato.pipelines.conditions import Outfit, Wardrobe, batches, outfit
+from sfumato.pipelines.inputs import open_picture
 from sfumato.pipelines.request import Request, parse
-from sfumato.pipelines.start import text_to_image
-from sfumato.presets import Preset, detect, model_folder
+from sfumato.pipelines.start import STARTS, Setting, Start, skipped
+from sfumato.presets import Preset
 from sfumato.runtime import Runtime, as_it_is, choose
-from sfumato.text.encode import encode_prompts
-from sfumato.text.tokenizer import ClipTokenizer
-from sfumato.weights.folder import Components, load_folder, save_folder
+from sfumato.weights.folder import save_folder
+from sfumato.weights.hub import find_file
+from sfumato.weights.model import load_model
+from sfumato.weights.parts import VAE, Components, TextEncoder, Tokenizer, preset_of
 
 OutputType = Literal["pil", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "pt", "latent")
@@ -67,16 +67,16 @@ class PipelineOutput:
 
 
 class Pipeline:
-    """Text to image with a U-Net, a KL autoencoder and a CLIP text tower.
+    """A diffusion model with its autoencoder and text encoder, and the task that it was made for.
 
-    parts:   the components, e.g. from `load_folder`.
+    parts:   the components, e.g. from `load_model`.
     runtime: where they run, moved and converted in place; None leaves them where and as they are.
-    model:   what requests call this model: a built-in name or the folder.
+    model:   what requests call this model: a built-in name, a file, a folder or a hub id.
     batch:   most pictures advanced together in shared network calls. By default one on a CPU, where a picture is
              then the same to the last bit alone and among others (rounding in PyTorch's matrix products depends on
              the number of rows), and 8 elsewhere.
 
-    The five parts are attributes and may be replaced; a new `scheduler` brings its sampler and spacing along.
+    The parts are attributes and may be replaced; a new `scheduler` brings its sampler and spacing along.
     """
 
     def __init__(
@@ -85,43 +85,86 @@ class Pipeline:
         if batch is not None and batch < 1:
             raise ValueError(f"batch = {batch}; give 1 or more pictures")
         self.unet: UNet = parts.unet
-        self.vae: AutoencoderKL = parts.vae
-        self.text_encoder: CLIPTextModel = parts.text_encoder
-        self.tokenizer: ClipTokenizer = parts.tokenizer
+        self.vae: VAE = parts.vae
+        self.text_encoder: TextEncoder | None = parts.text_encoder
+        self.tokenizer: Tokenizer | None = parts.tokenizer
+        self.low_res_scheduler: Scheduler | None = parts.low_res_scheduler
+        self.pipeline: str = parts.pipeline
         self._scheduler = parts.scheduler
         self.runtime = runtime or as_it_is(next(self.unet.parameters()))
-        self.model = model
+        # What requests say of the model, so that a recipe can open it again.
+        self.source: dict[str, str | None] = {"model": model, "vae": None, "base": None, "prediction": None}
+        self.embeddings: tuple[str, ...] = ()
         self.batch = batch
-        config = self.unet.config
-        side = config.sample_size if isinstance(config.sample_size, int) else (config.sample_size or (64,))[0]
-        self.preset: Preset = detect(config.cross_attention_dim, side * self.factor, self._scheduler.spacing)
+        self.preset: Preset = preset_of(parts)
+        self._wardrobe = Wardrobe(self.unet, self.text_encoder, self.tokenizer)
         if runtime is not None:
             self.to()
 
     @classmethod
     def from_pretrained(
         cls,
-        folder: Path | str,
+        source: Path | str,
         precision: str | None = None,
         device: str | None = None,
         batch: int | None = None,
+        vae: Path | str | None = None,
+        base: Path | str | None = None,
+        prediction: str | None = None,
     ) -> Pipeline:
-        """Open a model folder, or a built-in model by name, on the best device in the best precision.
+        """Open a model on the best device in the best precision: a built-in name, file, folder or hub id.
 
-        Raises FileNotFoundError or ValueError when the folder is not a complete model, see `load_folder`.
+        vae, base, prediction: another autoencoder, a model that supplies missing parts, what the network predicts.
+        Raises FileNotFoundError or ValueError when there is no complete model, see `load_model`.
         """
         runtime = choose(device, precision)
-        parts = load_folder(model_folder(folder), runtime.dtype, runtime.device)
-        return cls(parts, runtime, model=str(folder), batch=batch)
+        parts = load_model(source, runtime.dtype, runtime.device, vae=vae, base=base, prediction=prediction)
+        pipe = cls(parts, runtime, str(source), batch)
+        names = {"vae": vae, "base": base, "prediction": prediction}
+        pipe.source.update({name: str(value) for name, value in names.items() if value is not None})
+        return pipe
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: Path | str,
+        precision: str | None = None,
+        device: str | None = None,
+        batch: int | None = None,
+        vae: Path | str | None = None,
+        base: Path | str | None = None,
+        prediction: str | None = None,
+    ) -> Pipeline:
+        """`from_pretrained` for a model in one file; FileNotFoundError where there is no such file."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no file {path}")
+        return cls.from_pretrained(path, precision, device, batch, vae, base, prediction)
 
     def save_pretrained(self, folder: Path | str, precision: str | None = None) -> None:
         """Write a model folder, which diffusers opens as well; `precision` converts the weights."""
         save_folder(self, folder, None if precision is None else choose("cpu", precision).dtype)
 
+    def load_textual_inversion(self, path: Path | str) -> None:
+        """Let all pictures from now on know the learned word of an embedding: its file, or its name.
+
+        Raises FileNotFoundError or ValueError when it cannot be used with this model.
+        """
+        embeddings = (*self.embeddings, str(find_file("embedding", str(path))))
+        try:
+            self._dressing().wear(Outfit(embeddings=embeddings))
+        finally:
+            self._dressing().undress()
+        self.embeddings = embeddings
+
     def made_with(self) -> dict[str, str]:
         """What besides the request decides the exact pixels: versions, device, precision."""
         versions = {"sfumato": __version__, "torch": torch.__version__}
         return {**versions, "device": str(self.runtime.device), "precision": self.runtime.precision}
+
+    @property
+    def model(self) -> str:
+        """What requests call this model."""
+        return str(self.source["model"])
 
     @property
     def scheduler(self) -> Scheduler:
@@ -146,14 +189,21 @@ class Pipeline:
         for module in (self.unet, self.vae):
             module.to(memory_format=layout)  # type: ignore[call-overload]
         for part in (self.unet, self.vae, self.text_encoder):
-            part.to(device=self.runtime.device, dtype=self.runtime.dtype)
+            if part is not None:
+                part.to(device=self.runtime.device, dtype=self.runtime.dtype)
         return self
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] = "",
         *,
         negative_prompt: str = "",
+        image: str | Path | Image.Image | None = None,
+        mask: str | Path | Image.Image | None = None,
+        depth: str | Path | Image.Image | None = None,
+        strength: float | None = None,
+        image_guidance_scale: float | None = None,
+        noise_level: int | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -162,6 +212,9 @@ class Pipeline:
         sampler: str | None = None,
         spacing: str | None = None,
         eta: float | None = None,
+        prompt_rule: str | None = None,
+        clip_skip: int | None = None,
+        embeddings: Sequence[str] = (),
         num_images_per_prompt: int = 1,
         output_type: OutputType = "pil",
         callback: Callback | None = None,
@@ -176,6 +229,12 @@ class Pipeline:
             parse(
                 prompt=text,
                 negative_prompt=negative_prompt,
+                image=image,
+                mask=mask,
+                depth=depth,
+                strength=strength,
+                image_guidance_scale=image_guidance_scale,
+                noise_level=noise_level,
                 height=height,
                 width=width,
                 num_inference_steps=num_inference_steps,
@@ -184,8 +243,10 @@ class Pipeline:
                 sampler=sampler,
                 spacing=spacing,
                 eta=eta,
+                prompt_rule=prompt_rule,
+                clip_skip=clip_skip,
+                embeddings=tuple(embeddings),
                 num_images=num_images_per_prompt,
-                model=self.model,
             )
             for text in prompts
         ]
@@ -227,16 +288,14 @@ class Pipeline:
             yield request, to_pil(self.decode(z))[0]
 
     def resolve(self, requests: Request | Sequence[Request]) -> list[Request]:
-        """One complete request a picture: the model's preferences filled in, checked against the model.
+        """One complete request a picture: preferences filled in, this model named, checked against it.
 
         Raises ValueError when there is none, or one asks for what the model does not have.
         """
         asked = [requests] if isinstance(requests, Request) else list(requests)
         if not asked:
             raise ValueError("no prompt was given; give at least one")
-        resolved = [request.resolved(self.preset) for request in asked]
-        for request in resolved:
-            self._check(request)
+        resolved = [self._resolved(request) for request in asked]
         return [single for request in resolved for single in request.singles()]
 
     @torch.inference_mode()
@@ -247,84 +306,89 @@ class Pipeline:
 
     def net(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The U-Net in the runtime's dtype: (B, C, h, w) to the same, float32."""
-        return self.unet(x.to(self.runtime.dtype), t, cond).float()
+        dtype = self.runtime.dtype
+        return self.unet(x.to(dtype), t, cond.to(dtype=dtype)).float()
+
+    def _resolved(self, request: Request) -> Request:
+        known = (*self.embeddings, *(name for name in request.embeddings if name not in self.embeddings))
+        named = request.model_copy(update={**self.source, "embeddings": known})
+        request = settled(named, self.preset)
+        check(request, self.preset, self.scheduler.config)
+        outfit(request).locate()
+        plan = self._plan(request)
+        if request.strength is not None:
+            skipped(len(plan.grid) - 1, request.strength)
+        return request
 
     def _latents(
         self, singles: Sequence[Request], noise: Tensor | None, callback: Callback | None
     ) -> Iterator[tuple[Request, Tensor]]:
         """Each picture's request and final latent (1, C, h, w), group by group."""
-        states = self._text_states(singles)
-        group = self.batch or (1 if self.runtime.device.type == "cpu" else 8)
-        for first in range(0, len(singles), group):
-            some = singles[first : first + group]
-            runs = [
-                self._run(request, states, None if noise is None else noise[first + i : first + i + 1])
-                for i, request in enumerate(some)
-            ]
-            drive(runs, self.net, None if callback is None else _reporter(runs, first, callback))
-            for request, run in zip(some, runs, strict=True):
-                if run.result is not None:
-                    yield request, run.result
+        most = self.batch or (1 if self.runtime.device.type == "cpu" else 8)
+        try:
+            for first, wanted, some in batches(singles, most):
+                self._dressing().wear(wanted)
+                runs = [
+                    self._run(request, None if noise is None else noise[first + i : first + i + 1])
+                    for i, request in enumerate(some)
+                ]
+                drive(runs, self.net, None if callback is None else _reporter(runs, first, callback))
+                for request, run in zip(some, runs, strict=True):
+                    if run.result is not None:
+                        yield request, run.result
+        finally:
+            self._dressing().undress()
 
-    def _run(self, request: Request, states: dict[str, Cond], eps: Tensor | None) -> Run:
+    def _dressing(self) -> Wardrobe:
+        """The networks as they are now, with what they wear."""
+        parts = self.unet, self.text_encoder, self.tokenizer
+        if any(now is not then for now, then in zip(parts, self._wardrobe.parts, strict=True)):
+            self._wardrobe.undress()
+            self._wardrobe = Wardrobe(*parts)
+        return self._wardrobe
+
+    def _run(self, request: Request, eps: Tensor | None) -> Run:
         """One picture's coroutine with its guidance, ready to be driven."""
-        plan = self._plan(request)
         # Seeded noise is drawn on the CPU in float32, so that it is the same on every device.
         generator = torch.Generator().manual_seed(cast(int, request.seed))
-        shape = self._shape(request)
-        if eps is None:
-            eps = torch.randn(shape, generator=generator)
-        if eps.shape != shape:
-            raise ValueError(f"noise of shape {tuple(eps.shape)} for one picture; this request needs {shape}")
-        device = self.runtime.device
-        start = text_to_image(eps.to(device, torch.float32), plan)
+        start = self._start(request, generator, eps)
 
         def fresh(x: Tensor) -> Tensor:
-            return torch.randn(x.shape, generator=generator).to(device)
+            return torch.randn(x.shape, generator=generator).to(x.device)
 
-        cond, uncond = (
-            replace(states[text], concat=start.concat) for text in (request.prompt, request.negative_prompt)
-        )
-        guidance = CFG(cond, uncond, cast(float, request.guidance_scale))
         return Run(
-            plan.sampler(start.x, start.grid, fresh),
-            guidance,
+            start.sampler(start.x, start.grid, fresh),
+            self._dressing().guidance(request, self.preset.task, start),
             self.scheduler.prediction,
-            len(evaluations(plan.sampler, plan.grid)),
+            len(evaluations(start.sampler, start.grid)),
         )
+
+    @torch.no_grad()
+    def _start(self, request: Request, generator: torch.Generator, eps: Tensor | None) -> Start:
+        height, width = (cast(int, side) // self.factor for side in (request.height, request.width))
+        shape = (1, self.unet.config.out_channels, height, width)
+        if eps is not None and eps.shape != shape:
+            raise ValueError(f"noise of shape {tuple(eps.shape)} for one picture; this request needs {shape}")
+        pictures = {name: getattr(request, name) for name in PICTURES}
+        setting = Setting(
+            plan=self._plan(request),
+            shape=shape,
+            generator=generator,
+            vae=self.vae,
+            device=self.runtime.device,
+            dtype=self.runtime.dtype,
+            eps=None if eps is None else eps.float(),
+            images={name: open_picture(given, name) for name, given in pictures.items() if given is not None},
+            strength=1.0 if request.strength is None else request.strength,
+            noise_level=request.noise_level or 0,
+            low_res_scheduler=self.low_res_scheduler,
+        )
+        return STARTS[self.preset.task](setting)
 
     def _plan(self, request: Request) -> Plan:
         options = None if request.eta is None else {"eta": request.eta}
         steps = cast(int, request.num_inference_steps)
         return self.scheduler.plan(steps, request.sampler, request.spacing, options)
-
-    def _shape(self, request: Request) -> tuple[int, int, int, int]:
-        height, width = (cast(int, side) // self.factor for side in (request.height, request.width))
-        return 1, self.vae.config.latent_channels, height, width
-
-    def _text_states(self, singles: Sequence[Request]) -> dict[str, Cond]:
-        """The condition (1, L, D) of each distinct text, each read alone so that it depends on no other."""
-        texts = dict.fromkeys(text for r in singles for text in (r.prompt, r.negative_prompt))
-        return {text: encode_prompts(self.tokenizer, self.text_encoder, [text]) for text in texts}
-
-    def _check(self, request: Request) -> None:
-        for option in ("clip_sample", "thresholding"):
-            if self.scheduler.config.get(option):
-                raise ValueError(
-                    f"the scheduler's {option} = true is for pixel models and is not applied to latents here; "
-                    f"set it to false in scheduler_config.json, or use the scheduler's own step()"
-                )
-        for name in ("width", "height"):
-            side, f = getattr(request, name), self.factor
-            if side % f:
-                nearest = max(f, round(side / f) * f)
-                raise ValueError(f"{name} = {side} is not a multiple of {f}; the nearest that is: {nearest}")
-        if request.eta is not None:
-            # The coroutine's own keywords are the one list of a sampler's options.
-            able = [name for name, e in SAMPLERS.items() if "eta" in inspect.signature(e.run).parameters]
-            if request.sampler not in able:
-                raise ValueError(f"sampler {request.sampler!r} takes no eta; these do: {', '.join(able)}")
-        self._plan(request)
 
 
 StableDiffusionPipeline = Pipeline
@@ -335,13 +399,17 @@ def load(
     precision: str | None = None,
     device: str | None = None,
     batch: int | None = None,
+    vae: str | Path | None = None,
+    base: str | Path | None = None,
+    prediction: str | None = None,
 ) -> Pipeline:
-    """Open a model: the built-in one, or a folder.
+    """Open a model: the built-in one, a file, a folder, or a hub id.
 
     precision: float32, bfloat16 or float16; device: cpu, cuda...; None chooses for this machine.
     batch:     most pictures advanced together, see `Pipeline`.
+    vae, base, prediction: see `Pipeline.from_pretrained`.
     """
-    return Pipeline.from_pretrained(model, precision, device, batch)
+    return Pipeline.from_pretrained(model, precision, device, batch, vae, base, prediction)
 
 
 def _reporter(runs: Sequence[Run], first: int, callback: Callback) -> Callable[[Run], bool | None]:

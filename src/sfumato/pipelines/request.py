@@ -7,36 +7,118 @@ fields, so a new option is one new field here. Importing this module does not im
 from __future__ import annotations
 
 import difflib
+import hashlib
+import os
 import random
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from PIL.Image import Image
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
-from sfumato.presets import Preset
+if TYPE_CHECKING:
+    from sfumato.presets import Preset
 
 MAX_SEED = 2**63 - 1  # what a torch generator takes and an int64 in JSON holds
+MAX_SIDE = 4096
+MAX_NOISE_LEVEL = 350  # the upscaler saw no more in training
+MEMORY = "<picture in memory, "  # how the recipe's stand-in for a picture without a file begins
 
 
 @dataclass(frozen=True)
 class Flag:
-    """The command-line names of a field; `--field-name` is always one of them."""
+    """The command-line names of a field, of which `--field-name` is always one, and the word for its value."""
 
     names: tuple[str, ...] = ()
+    value: str | None = None
+
+
+def stand_in(image: Image) -> str:
+    """What a recipe says of a picture that was given in memory: enough to recognise it by."""
+    digest = hashlib.sha256(image.tobytes()).hexdigest()[:12]
+    return f"{MEMORY}{image.width}x{image.height} {image.mode}, sha256 {digest}>"
+
+
+def _path_or_image(given: object) -> object:
+    if isinstance(given, str | os.PathLike) and os.fspath(given):
+        return str(given)
+    if given is None or isinstance(given, Image):
+        return given
+    raise ValueError(f"{given!r} is no picture; give a file's path or a PIL image")
+
+
+def _in_json(given: str | Image) -> str:
+    return stand_in(given) if isinstance(given, Image) else given
+
+
+def _listed(given: object) -> object:
+    if isinstance(given, str):
+        return tuple(name.strip() for name in given.split(",") if name.strip())
+    return given
+
+
+Picture = Annotated[
+    str | Image, PlainSerializer(_in_json, return_type=str, when_used="json"), WithJsonSchema({"type": "string"})
+]
+Given = BeforeValidator(_path_or_image)
 
 
 class Request(BaseModel):
-    """One text-to-image wish; None stands for "as the model prefers" until `resolved` fills it in.
+    """One wish for pictures; None stands for "as the model prefers" until `resolved` fills it in.
 
+    Which fields a model can use is the pipeline's to say. Pictures are paths or PIL images; in JSON a PIL image
+    becomes a description that cannot be opened, so that replaying asks for it.
     Raises ValueError (pydantic's) that names the field, the value and what is allowed; see `parse`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    prompt: Annotated[str, Field(min_length=1, description="What the picture shows.")]
+    prompt: Annotated[str, Field(description="What the picture shows; a number for a model of classes.")] = ""
     negative_prompt: Annotated[str, Field(description="What guidance leads away from."), Flag(("--negative",))] = ""
-    width: Annotated[int | None, Field(ge=8, le=4096, description="Width in pixels (default: the model's).")] = None
-    height: Annotated[int | None, Field(ge=8, le=4096, description="Height in pixels (default: the model's).")] = None
+    image: Annotated[
+        Picture | None,
+        Given,
+        Field(description="Picture to start from, to change, to repaint or to enlarge."),
+        Flag(("-i",), "FILE"),
+    ] = None
+    mask: Annotated[
+        Picture | None,
+        Given,
+        Field(description="Where to repaint: white is repainted, black is kept."),
+        Flag(value="FILE"),
+    ] = None
+    depth: Annotated[
+        Picture | None, Given, Field(description="Depth map of the image: near is bright."), Flag(value="FILE")
+    ] = None
+    strength: Annotated[
+        float | None,
+        Field(ge=0, le=1, description="How far to leave the image, 1 is all the way (default: by the model)."),
+    ] = None
+    image_guidance_scale: Annotated[
+        float | None,
+        Field(ge=0, le=100, description="Weight of the image where a model follows instructions (default: 1.5)."),
+        Flag(("--image-cfg",)),
+    ] = None
+    noise_level: Annotated[
+        int | None,
+        Field(ge=0, le=MAX_NOISE_LEVEL, description="Noise that an upscaler adds to the small image (default: 20)."),
+    ] = None
+    width: Annotated[
+        int | None, Field(ge=8, le=MAX_SIDE, description="Width in pixels (default: the image's or the model's).")
+    ] = None
+    height: Annotated[
+        int | None, Field(ge=8, le=MAX_SIDE, description="Height in pixels (default: the image's or the model's).")
+    ] = None
     num_inference_steps: Annotated[
         int | None,
         Field(ge=1, le=1000, description="Denoising steps: more is slower and finer (default: the model's)."),
@@ -63,19 +145,37 @@ class Request(BaseModel):
         float | None,
         Field(ge=0, le=1, description="Share of fresh noise a step, for samplers that take it (ddim)."),
     ] = None
+    prompt_rule: Annotated[
+        str | None, Field(description="How (word:1.2) is weighted: a1111, comfy, or none (default: a1111).")
+    ] = None
+    clip_skip: Annotated[
+        int | None, Field(ge=0, le=100, description="Layers of the text tower left out at the end (default: 0).")
+    ] = None
+    embeddings: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_listed),
+        Field(description="Textual inversions: files or names, parted by commas."),
+        Flag(value="FILE,..."),
+    ] = ()
     num_images: Annotated[
         int, Field(ge=1, le=1000, description="How many pictures, with seeds one apart (default: 1)."), Flag(("-n",))
     ] = 1
     model: Annotated[
-        str, Field(min_length=1, description="Built-in model's name or a model folder (default: mini)."), Flag(("-m",))
+        str,
+        Field(min_length=1, description="Built-in model's name, file, folder or hub id (default: mini)."),
+        Flag(("-m",), "MODEL"),
     ] = "mini"
-
-    @field_validator("prompt")
-    @classmethod
-    def _not_blank(cls, prompt: str) -> str:
-        if not prompt.strip():
-            raise ValueError("the prompt is blank; say what the picture shows")
-        return prompt
+    vae: Annotated[
+        str | None, Field(min_length=1, description="Other autoencoder: file or folder."), Flag(value="FILE")
+    ] = None
+    base: Annotated[
+        str | None,
+        Field(min_length=1, description="Model to take the parts from that the file does not have."),
+        Flag(value="MODEL"),
+    ] = None
+    prediction: Annotated[
+        str | None, Field(description="What the network predicts, eps or v (default: what the model's files say).")
+    ] = None
 
     @field_validator("sampler")
     @classmethod
@@ -93,6 +193,24 @@ class Request(BaseModel):
             from sfumato.diffusion.grid import get_spacing
 
             get_spacing(name)
+        return name
+
+    @field_validator("prediction")
+    @classmethod
+    def _known_prediction(cls, name: str | None) -> str | None:
+        if name is not None:
+            from sfumato.diffusion.prediction import get_prediction
+
+            get_prediction(name)
+        return name
+
+    @field_validator("prompt_rule")
+    @classmethod
+    def _known_rule(cls, name: str | None) -> str | None:
+        if name is not None:
+            from sfumato.text.prompt import check_rule
+
+            check_rule(name)
         return name
 
     @model_validator(mode="after")

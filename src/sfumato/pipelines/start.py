@@ -1,30 +1,165 @@
-"""Starts: where a task's denoising begins. A task is its start; none has a loop of its own."""
+"""Starts: where a task's denoising begins. A task is its start; none has a loop of its own.
+
+A start draws its noise from the picture's own generator in the order in which diffusers' pipeline for the task
+draws from its one, so that equal seeds give equal pictures.
+
+C latent channels, h w latent height and width, H W picture height and width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
+import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from sfumato.diffusion.path import Point
-from sfumato.diffusion.scheduler import Plan
+from sfumato.diffusion.path import Point, add_noise
+from sfumato.diffusion.samplers import Sampler
+from sfumato.diffusion.scheduler import Plan, Scheduler
+from sfumato.models.autoencoder import AutoencoderKL
+from sfumato.pipelines import inputs
+from sfumato.presets import Task
+from sfumato.weights.parts import VAE
 
 
 @dataclass(frozen=True)
 class Start:
     """One picture before its first step.
 
-    x:      the noisy latent (1, C, h, w), float32, at grid[0].
-    grid:   the points to visit, from noise to data.
-    concat: further input channels for the network (1, C', h, w); None where the task has none.
+    x:       the noisy latent (1, C, h, w), float32, at grid[0].
+    grid:    the points to visit, from noise to data.
+    sampler: the coroutine that goes along them.
+    concat:  further input channels for the network (1, C', h, w); None where the task has none.
+    label:   an integer for the network, (1, 1); None where the task has none.
     """
 
     x: Tensor
     grid: Sequence[Point]
+    sampler: Sampler
     concat: Tensor | None = None
+    label: Tensor | None = None
 
 
-def text_to_image(eps: Tensor, plan: Plan) -> Start:
-    """Begin from nothing but noise: eps (1, C, h, w), standard normal, at the first point of the plan."""
-    return Start(eps * plan.init_scale, plan.grid)
+@dataclass(frozen=True)
+class Setting:
+    """What a start has to work with.
+
+    plan:    the whole way from noise to data.
+    shape:   of the latent, (1, C, h, w).
+    eps:     standard noise to begin with; None draws it from the generator, where the task needs it.
+    images:  the request's pictures by the name of their field.
+    strength, noise_level: the request's, 1 and 0 where they mean nothing.
+    device, dtype: of the networks.
+    """
+
+    plan: Plan
+    shape: tuple[int, int, int, int]
+    generator: torch.Generator
+    vae: VAE
+    device: torch.device
+    dtype: torch.dtype
+    eps: Tensor | None = None
+    images: Mapping[str, Image.Image] = field(default_factory=dict)
+    strength: float = 1.0
+    noise_level: int = 0
+    low_res_scheduler: Scheduler | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture."""
+        factor = self.vae.config.factor
+        return self.shape[3] * factor, self.shape[2] * factor
+
+    def noise(self) -> Tensor:
+        """The noise to begin with, (1, C, h, w) float32."""
+        return (torch.randn(self.shape, generator=self.generator) if self.eps is None else self.eps).to(self.device)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """The latent (1, C, h, w), float32, of a picture (1, 3, H, W), drawn from its distribution."""
+        return self.vae.to_latents(x.to(self.device, self.dtype), self.generator).float()
+
+    def from_noise(self, eps: Tensor, concat: Tensor | None = None, label: Tensor | None = None) -> Start:
+        """Begin with nothing but noise, at the first point of the plan."""
+        plan = self.plan
+        return Start(eps * plan.init_scale, plan.grid, plan.sampler, concat, label)
+
+    def from_image(self, z: Tensor, eps: Tensor, concat: Tensor | None = None) -> Start:
+        """Begin with a latent z under noise, so far along the grid that `strength` of the steps remain."""
+        plan = self.plan
+        first = skipped(len(plan.grid) - 1, self.strength)
+        sampler = plan.sampler if first == 0 else plan.midway or plan.sampler
+        grid = plan.grid[first:]
+        return Start(add_noise(z, eps, grid[0]), grid, sampler, concat)
+
+
+def skipped(steps: int, strength: float) -> int:
+    """How many of the steps are left out at the beginning; ValueError where none would remain."""
+    left = min(int(steps * strength), steps)
+    if left < 1:
+        raise ValueError(f"strength = {strength:g} of {steps} steps leaves none; give at least {1 / steps:.4g}")
+    return steps - left
+
+
+def plain(s: Setting) -> Start:
+    """From noise, or image to image (Meng et al. 2022, SDEdit) where there is an image."""
+    if "image" not in s.images:
+        return s.from_noise(s.noise())
+    z = s.latents(inputs.picture(s.images["image"], *s.size))
+    return s.from_image(z, s.noise())
+
+
+def inpaint(s: Setting) -> Start:
+    """Five channels more: the mask at latent size, and the latent of the picture with grey for what is masked."""
+    image = inputs.picture(s.images["image"], *s.size)  # (1, 3, H, W)
+    mask = inputs.repaint_mask(s.images["mask"], *s.size)  # (1, 1, H, W)
+    z = s.latents(image) if s.strength < 1 else None
+    eps = s.noise()
+    kept = s.latents(image * (1 - mask))
+    small = F.interpolate(mask, size=s.shape[2:]).to(s.device)  # (1, 1, h, w)
+    concat = torch.cat([small, kept], dim=1)  # (1, 1 + C, h, w)
+    return s.from_noise(eps, concat) if z is None else s.from_image(z, eps, concat)
+
+
+def depth(s: Setting) -> Start:
+    """One channel more, the depth; the image is under it also at strength 1."""
+    z = s.latents(inputs.picture(s.images["image"], *s.size))
+    concat = inputs.depth_map(s.images["depth"], s.shape[3], s.shape[2]).to(s.device)
+    return s.from_image(z, s.noise(), concat)
+
+
+def instruct(s: Setting) -> Start:
+    """As many channels again: the most likely latent of the image, not scaled (Brooks et al. 2023)."""
+    if not isinstance(s.vae, AutoencoderKL):
+        raise ValueError(
+            f"a model that follows instructions needs an AutoencoderKL; this one has {type(s.vae).__name__}"
+        )
+    image = inputs.picture(s.images["image"], *s.size).to(s.device, s.dtype)
+    return s.from_noise(s.noise(), s.vae.encode(image).latent_dist.mode().float())
+
+
+def upscale(s: Setting) -> Start:
+    """Three channels more, the small picture under some noise, and how much of it as the label."""
+    if s.low_res_scheduler is None:
+        raise ValueError("this upscaler has no low_res_scheduler, which says how its small picture is noised")
+    small = inputs.picture(s.images["image"], s.shape[3], s.shape[2])  # (1, 3, h, w)
+    eps = torch.randn(small.shape, generator=s.generator)
+    noised = add_noise(small, eps, s.low_res_scheduler.path.point(s.noise_level)).to(s.device)
+    label = torch.tensor([[s.noise_level]], device=s.device)  # (1, 1)
+    return s.from_noise(s.noise(), noised, label)
+
+
+STARTS: Mapping[Task, Callable[[Setting], Start]] = MappingProxyType(
+    {
+        "text": plain,
+        "class": plain,
+        "unconditional": plain,
+        "inpaint": inpaint,
+        "depth": depth,
+        "instruct": instruct,
+        "upscale": upscale,
+    }
+)

@@ -1,0 +1,144 @@
+"""Requests to guidance: what networks are told of the prompts, and the adapters that they wear meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from sfumato.cond import Cond
+from sfumato.diffusion.guidance import CFG, Guidance, InstructCFG, Plain, Turns
+from sfumato.models.clip import CLIPTextModel
+from sfumato.models.unet import UNet
+from sfumato.pipelines.request import Request
+from sfumato.pipelines.start import Start
+from sfumato.presets import Task
+from sfumato.text.encode import Cache, encode_schedule
+from sfumato.text.prompt import LoraTag, extract_loras
+from sfumato.text.tokenizer import ClipTokenizer
+from sfumato.weights.adapters import Adapter, AdapterHost, EmbeddingHost, read_adapter, read_embedding
+from sfumato.weights.adapters.names import UNET, ModuleNames
+from sfumato.weights.hub import find_file
+from sfumato.weights.parts import TextEncoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class Outfit:
+    """What a picture wants added to the model: the adapters that its prompt names, and files of learned words."""
+
+    loras: tuple[LoraTag, ...] = ()
+    embeddings: tuple[str, ...] = ()
+
+    def locate(self) -> None:
+        """FileNotFoundError or ValueError for what is not found, before any work is done."""
+        for tag in self.loras:
+            find_file("lora", tag.name)
+        for name in self.embeddings:
+            find_file("embedding", name)
+
+
+BARE = Outfit()
+
+
+def outfit(request: Request) -> Outfit:
+    """What a request wants; ValueError for an adapter in the negative prompt."""
+    negative = extract_loras(request.negative_prompt)[1]
+    if negative:
+        raise ValueError(
+            f"negative_prompt names the adapter {negative[0].name!r}, but adapters change the whole picture; "
+            "name it in the prompt, with a weight below zero to lead away from it"
+        )
+    return Outfit(extract_loras(request.prompt)[1], request.embeddings)
+
+
+def batches(requests: Sequence[Request], most: int) -> Iterator[tuple[int, Outfit, Sequence[Request]]]:
+    """Neighbours of one outfit, at most so many together: (place of the first, outfit, requests)."""
+    first = 0
+    while first < len(requests):
+        wanted = outfit(requests[first])
+        end = first + 1
+        while end < min(first + most, len(requests)) and outfit(requests[end]) == wanted:
+            end += 1
+        yield first, wanted, requests[first:end]
+        first = end
+
+
+class Wardrobe:
+    """A model's networks, what they wear, and the texts that they have read in it."""
+
+    def __init__(self, unet: UNet, text_encoder: TextEncoder | None, tokenizer: Tokenizer | None) -> None:
+        self.parts = unet, text_encoder, tokenizer
+        self._adapters = AdapterHost(unet, text_encoder)
+        self._words: EmbeddingHost | None = None
+        if isinstance(text_encoder, CLIPTextModel) and isinstance(tokenizer, ClipTokenizer):
+            self._words = EmbeddingHost(tokenizer, text_encoder)
+        self._worn = BARE
+        self._texts: Cache = {}
+
+    def wear(self, wanted: Outfit) -> None:
+        """Put on exactly these adapters and words.
+
+        Raises FileNotFoundError or ValueError for a file that is not found or not made for this model; then
+        nothing is on.
+        """
+        if wanted == self._worn:
+            return
+        self.undress()
+        try:
+            words = [read_embedding(find_file("embedding", name)) for name in wanted.embeddings]
+            shares = [share for tag in wanted.loras for share in self._shares(tag)]
+            if self._words is not None:
+                self._words.apply(words)
+            self._adapters.apply(shares)
+        except BaseException:
+            self.undress()
+            raise
+        self._worn = wanted
+
+    def undress(self) -> None:
+        """Take everything off, bit for bit, and forget the texts, as the networks may change from now on."""
+        self._adapters.apply([])
+        if self._words is not None:
+            self._words.apply([])
+        self._texts.clear()
+        self._worn = BARE
+
+    def guidance(self, request: Request, task: Task, start: Start) -> Guidance:
+        """What to ask for a picture, in what is worn: the prompts along its grid, and the inputs of its start."""
+        cond = self._told(extract_loras(request.prompt)[0], request, start, start.concat)
+        scale = cast(float, request.guidance_scale)
+        if self.parts[1] is None:
+            return Plain(cond)
+        if task == "instruct":
+            assert start.concat is not None
+            image = self._told(request.negative_prompt, request, start, start.concat)
+            nothing = self._told(request.negative_prompt, request, start, torch.zeros_like(start.concat))
+            return InstructCFG(cond, image, nothing, scale, cast(float, request.image_guidance_scale))
+        if scale == 1:
+            return Plain(cond)
+        return CFG(cond, self._told(request.negative_prompt, request, start, start.concat), scale)
+
+    def _told(self, text: str, request: Request, start: Start, concat: Tensor | None) -> Cond | Turns:
+        steps = len(start.grid) - 1
+        _, text_encoder, tokenizer = self.parts
+        if self._words is not None:
+            tokenizer = self._words.tokenizer
+        rule = request.prompt_rule or "none"
+        turns = encode_schedule(tokenizer, text_encoder, text, steps, request.clip_skip or 0, rule, self._texts)
+        conds = [(end, replace(cond, concat=concat, pooled=start.label)) for end, cond in turns]
+        return conds[0][1] if len(conds) == 1 else Turns(conds, start.grid)
+
+    def _shares(self, tag: LoraTag) -> list[tuple[Adapter, float]]:
+        """The adapter of a tag with its strength; cut in two where that differs between the networks."""
+        adapter = read_adapter(find_file("lora", tag.name), tag.name)
+        if tag.unet == tag.text:
+            return [(adapter, tag.unet)]
+        names = ModuleNames(self.parts[0], self.parts[1])
+        # What fits neither network goes with the denoiser's, to be refused there.
+        text = {raw: c for raw, c in adapter.changes.items() if (names.find(raw) or (UNET,))[0] != UNET}
+        unet = {raw: c for raw, c in adapter.changes.items() if raw not in text}
+        parts = (replace(adapter, changes=unet), tag.unet), (replace(adapter, changes=text), tag.text)
+        return [(part, strength) for part, strength in parts if part.changes]

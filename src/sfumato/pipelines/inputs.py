@@ -1,0 +1,71 @@
+"""Pictures that come with a request: opened, brought to size, and turned into tensors.
+
+H W picture height and width, h w latent height and width. Pictures are resized by Lanczos' filter, as diffusers does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from sfumato.images import to_tensor
+from sfumato.pipelines.request import MEMORY
+
+
+def open_picture(given: str | Image.Image, name: str) -> Image.Image:
+    """A picture upright, from a path or from memory; name: the request's field, for errors.
+
+    Raises FileNotFoundError, or ValueError for what is no picture, is damaged, or is a recipe's stand-in.
+    """
+    if isinstance(given, Image.Image):
+        return ImageOps.exif_transpose(given)
+    if given.startswith(MEMORY):
+        raise ValueError(f"{name} was {given} when the recipe was made; give that picture again as {name}")
+    if not Path(given).is_file():
+        raise FileNotFoundError(f"{name}: no picture {given}")
+    try:
+        with Image.open(given) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: {given} is not a picture") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: PIL's word for a broken PNG
+        raise ValueError(f"{name}: {given} cannot be read: {error}") from None
+
+
+def picture(image: Image.Image, width: int, height: int) -> Tensor:
+    """An RGB picture at a size, (1, 3, H, W) in [-1, 1]."""
+    return to_tensor([resized(image.convert("RGB"), width, height)])
+
+
+def repaint_mask(image: Image.Image, width: int, height: int) -> Tensor:
+    """1 where a mask is bright and the picture is to be repainted, 0 where it is kept: (1, 1, H, W)."""
+    levels = np.array(resized(image.convert("L"), width, height))  # (H, W)
+    return torch.from_numpy((levels > 127).astype(np.float32))[None, None]
+
+
+def depth_map(image: Image.Image, width: int, height: int) -> Tensor:
+    """A depth map brought to latent size and to [-1, 1]: (1, 1, h, w). width, height: of the latent.
+
+    Numbers of any range and precision (modes L, I and F); a coloured map is read as grey.
+    Raises ValueError for a map that is the same everywhere.
+    """
+    grey = image if image.mode in ("I", "F", "I;16", "I;16B", "L") else image.convert("L")
+    depth = torch.from_numpy(np.array(grey, dtype=np.float32))[None, None]  # (1, 1, H, W)
+    depth = F.interpolate(depth, size=(height, width), mode="bicubic", align_corners=False)  # (1, 1, h, w)
+    low, high = depth.min(), depth.max()
+    if not high > low:
+        raise ValueError(f"depth is {low.item():g} everywhere; give a map that tells near from far")
+    return 2 * (depth - low) / (high - low) - 1
+
+
+def resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture itself where it has the size already."""
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.LANCZOS)
