@@ -55,7 +55,7 @@ INERT = frozenset(
 )
 KNOWN = REBUILDERS | INERT | STORAGES.keys() | DTYPES.keys()
 # Read only to name what such a pickle would call; torch.load does not take them.
-FOREIGN = frozenset({"BINUNICODE8", "FRAME", "MEMOIZE", "SHORT_BINUNICODE", "STACK_GLOBAL", "INST"})
+FOREIGN = frozenset({"BINUNICODE8", "FRAME", "INST", "MEMOIZE", "POP", "SHORT_BINUNICODE", "STACK_GLOBAL"})
 ADVICE = "if you trust its origin, open it with the program that made it and save the tensors alone as safetensors"
 
 
@@ -223,7 +223,7 @@ class Machine:
         _, kind, key, place, count, *view = entry
         if not isinstance(kind, Named) or kind.name not in STORAGES or view not in ([], [None]):
             self._refuse("it describes a storage in a way that torch.save does not")
-        if not isinstance(key, str) or not isinstance(place, str) or type(count) is not int or count < 0:
+        if not isinstance(key, str) or not isinstance(place, str) or not _natural(count):
             self._refuse("it describes a storage in a way that torch.save does not")
         dtype = STORAGES[kind.name]
         storage = Storage(key, count * dtype.itemsize, dtype)
@@ -267,7 +267,7 @@ class Machine:
         if len(arguments) not in (count, count + 1) or (len(arguments) > count and arguments[count] is not None):
             return False
         storage, offset, shape, strides, grad, hooks = arguments[:6]
-        if not isinstance(storage, Storage) or type(offset) is not int or offset < 0 or type(grad) is not bool:
+        if not isinstance(storage, Storage) or not _natural(offset) or type(grad) is not bool:
             return False
         if not isinstance(hooks, Made) or hooks.name != TABLE:
             return False
@@ -283,7 +283,7 @@ class Machine:
         needed = 0 if 0 in shape else max(last, prod(shape)) * dtype.itemsize
         if needed > storage.nbytes:
             self._refuse(f"a tensor {shape!s:.80} needs {needed} bytes of a storage that has {storage.nbytes}")
-        return all(side < 2**40 for side in (*shape, *strides, offset))
+        return prod(side or 1 for side in shape) < 2**48  # an empty tensor may have any other sides
 
     def _build(self, _: None) -> None:
         state, target = self._stack.pop(), self._stack[-1]
@@ -296,8 +296,12 @@ class Refused(ValueError):
     """Raised inside `Machine`; to callers it is a ValueError."""
 
 
+def _natural(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**48  # which is more than a file has bytes
+
+
 def _naturals(values: Any) -> bool:
-    return isinstance(values, tuple) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, tuple) and all(map(_natural, values))
 
 
 VALUES: Mapping[str, Callable[[Any], Any]] = {
@@ -313,6 +317,7 @@ VALUES: Mapping[str, Callable[[Any], Any]] = {
 ACTIONS: Mapping[str, Callable[[Machine, Any], None]] = {
     "PROTO": Machine._protocol,
     "FRAME": lambda machine, _: None,
+    "POP": lambda machine, _: machine._stack.pop(),
     "GLOBAL": Machine._global,
     "STACK_GLOBAL": Machine._stack_global,
     "INST": Machine._instance,

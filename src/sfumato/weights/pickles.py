@@ -103,13 +103,18 @@ def read_legacy(path: Path) -> Pickled:
         for _ in range(4):  # the number, the version, the machine's sizes, the tensors
             machine.run(stream)
         keys = machine.run(stream)
-        position = file.tell()
         texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
         if not texts or sorted(keys) != sorted(machine.storages):
             raise ValueError(f"{path} is damaged: its list of storages is not that of its tensors; fetch it again")
-        need = sum(8 + storage.nbytes for storage in machine.storages.values())
-        if need > size - position:
-            raise ValueError(f"{path} is cut short: {need} bytes of tensors in {size - position}; fetch it again")
+        for key in keys:
+            storage = machine.storages[key]
+            count = int.from_bytes(file.read(8), "little", signed=True)
+            end = file.tell() + storage.nbytes
+            if end > size:
+                raise ValueError(f"{path} is cut short: {end} bytes would hold its tensors and it has {size}")
+            if count * storage.dtype.itemsize != storage.nbytes:
+                raise ValueError(f"{path} is damaged: the size of storage {key!r:.80} is wrong; fetch it again")
+            file.seek(end)
     return _pickled(path, machine.named & INERT, False)
 
 
@@ -130,7 +135,9 @@ def _loaded(path: Path, inert: Set[str], mapped: bool) -> Any:
             file = str(path) if mapped else stack.enter_context(open(path, "rb"))
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except LOADING_ERRORS as error:
-        why = " ".join(str(error).split())[:200]
+        why = " ".join(str(error).split())[:160]
+        if isinstance(error, pickle.UnpicklingError):  # whose text begins with advice to execute the file nevertheless
+            why = "PyTorch refuses it"
         raise ValueError(f"{path} could not be loaded: {why}; fetch it again, or save it as safetensors") from None
 
 
