@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sfumato
+from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.images import read_recipe, save
 from sfumato.pipelines import inputs
 from sfumato.pipelines.pipeline import Pipeline
@@ -150,6 +151,23 @@ def test_strength_says_how_much_of_the_image_stays(pipe_for: Make) -> None:
     distances = [difference(made(pipe, strength=s, **fields), z) for s in (0.05, 0.5, 1.0)]
     assert distances == sorted(distances) and distances[0] < distances[2] / 2, distances
     assert [skipped(10, s) for s in (0.1, 0.55, 1.0)] == [9, 5, 0]
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_every_sampler_enters_its_grid_midway(pipe_for: Make, sampler: str) -> None:
+    seen: list[tuple[int, int]] = []
+    image = made(
+        pipe_for("text"),
+        image=drawn(),
+        strength=0.5,
+        sampler=sampler,
+        num_inference_steps=6,
+        callback=lambda step: seen.append((step.done, step.total)),
+    )
+    assert bool(torch.isfinite(image).all())
+    assert seen[-1][0] == len(seen) >= 3
+    if sampler in ("ddim", "euler", "dpmpp_2m", "plms"):
+        assert seen[-1] == (3, 3), "half of the steps"
 
 
 def test_the_mask_is_read_where_it_is_bright(pipe_for: Make) -> None:
