@@ -22,6 +22,8 @@ from adapters_made import (
     unet_answer,
     written,
 )
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sfumato.cond import Cond
@@ -367,6 +369,14 @@ BROKEN = {
         {f"{RAW}.lora_down.weight": torch.tensor(1.0), f"{RAW}.lora_up.weight": torch.ones(2, 2)},
         "expected 2 axes or more",
     ),
+    "an alpha of two": (
+        {
+            f"{RAW}.alpha": torch.ones(2),
+            f"{RAW}.lora_down.weight": torch.ones(2, 2),
+            f"{RAW}.lora_up.weight": torch.ones(2, 2),
+        },
+        "alpha has the shape (2,)",
+    ),
     "empty": (
         {f"{RAW}.lora_down.weight": torch.ones(0, 2), f"{RAW}.lora_up.weight": torch.ones(2, 0)},
         "none empty",
@@ -411,3 +421,68 @@ def test_two_names_for_one_module(tmp_path: Path, unet: UNet) -> None:
     adapter = read_adapter(written(tmp_path / "a.safetensors", content))
     with pytest.raises(ValueError, match="two names of the same module"):
         AdapterHost(unet).apply([(adapter, 1.0)])
+
+
+# Parts that fit the layers of `Small`; below, some of them get another shape, or are left out.
+FITTING: list[tuple[str, dict[str, tuple[int, ...]]]] = [
+    ("linear", {"lora_down.weight": (3, 4), "lora_up.weight": (2, 3), "alpha": (), "dora_scale": (2, 1)}),
+    ("linear", {"lora_A.weight": (3, 4), "lora_B.weight": (2, 3), "lora_magnitude_vector": (2,), "lora_B.bias": (2,)}),
+    ("linear", {"hada_w1_a": (2, 3), "hada_w1_b": (3, 4), "hada_w2_a": (2, 3), "hada_w2_b": (3, 4), "alpha": ()}),
+    ("linear", {"lokr_w1": (2, 2), "lokr_w2_a": (1, 3), "lokr_w2_b": (3, 2), "scalar": (), "dora_scale": (1, 4)}),
+    ("linear", {"diff": (2, 4), "diff_b": (2,)}),
+    ("norm", {"w_norm": (4,), "b_norm": (4,)}),
+    ("conv", {"lora_down.weight": (3, 2, 3, 3), "lora_up.weight": (4, 3, 1, 1), "dora_scale": (1, 2, 1, 1)}),
+    ("conv", {"lora_down.weight": (3, 2, 1, 1), "lora_up.weight": (4, 3, 1, 1), "lora_mid.weight": (3, 3, 3, 3)}),
+    ("conv", {"hada_w1_a": (3, 4), "hada_w1_b": (3, 2), "hada_w2_a": (3, 4), "hada_w2_b": (3, 2)}
+     | {"hada_t1": (3, 3, 3, 3), "hada_t2": (3, 3, 3, 3)}),
+    ("conv", {"lokr_w1_a": (2, 3), "lokr_w1_b": (3, 1), "lokr_w2_a": (3, 2), "lokr_w2_b": (3, 2)}
+     | {"lokr_t2": (3, 3, 3, 3)}),
+    ("conv", {"lokr_w1": (2, 1), "lokr_w2_a": (2, 3), "lokr_w2_b": (3, 18), "alpha": ()}),
+]  # fmt: skip
+SHAPES = st.lists(st.sampled_from((0, 1, 2, 3, 4, 9)), max_size=4).map(tuple)
+
+
+@st.composite
+def nearly_fitting(draw: st.DrawFn) -> dict[str, tuple[int, ...]]:
+    """Names of tensors and their shapes, with up to two faults."""
+    layer, parts = draw(st.sampled_from(FITTING))
+    shapes = dict(parts)
+    for part in draw(st.lists(st.sampled_from(sorted(parts)), max_size=2)):
+        shapes[part] = draw(SHAPES)
+    for part in draw(st.lists(st.sampled_from(sorted(parts)), max_size=1)):
+        del shapes[part]
+    layer = draw(st.sampled_from((layer, layer, layer, "linear", "conv", "norm", "gone")))
+    return {f"lora_unet_{layer}.{part}": shape for part, shape in shapes.items()}
+
+
+class Small(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 2)
+        self.conv = torch.nn.Conv2d(2, 4, 3, padding=1, bias=False)
+        self.norm = torch.nn.LayerNorm(4)
+
+    def forward(self) -> Tensor:
+        return self.conv(self.linear(self.norm(torch.ones(1, 2, 4, 4))).repeat(1, 1, 1, 2))
+
+
+@settings(max_examples=120, deadline=None)
+@given(shapes=nearly_fitting(), live=st.booleans())
+def test_any_shapes_fit_or_are_refused(
+    tmp_path_factory: pytest.TempPathFactory, shapes: dict[str, tuple[int, ...]], live: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    written(path, {name: torch.full(shape, 0.5) for name, shape in shapes.items()})
+    net = Small()
+    before = snapshot(net)
+    host = AdapterHost(net)
+    try:
+        host.apply([(read_adapter(path), 0.5)], live)
+    except ValueError as error:
+        assert "\n" not in str(error)
+        event("refused")
+    else:
+        assert net().shape == (1, 4, 4, 4) and torch.isfinite(net()).all()
+        event("applied")
+    host.apply([])
+    assert_untouched(before, net)

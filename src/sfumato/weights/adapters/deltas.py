@@ -35,13 +35,14 @@ class LowRank:
         kernel = 1 if self.mid is None else self.mid[0, 0].numel()
         return self.up.shape[0], self.down[0].numel() * kernel
 
-    def dense(self, base: Tensor) -> Tensor:
-        """The difference in the shape of `base`, on its device, in float32 at least."""
-        up, down = (wide(t, base).flatten(1) for t in (self.up, self.down))  # (O, r), (r, I k)
+    def dense(self, base: Tensor, strength: float) -> Tensor:
+        """The difference times `strength`: a new tensor shaped and placed as `base`, in float32 at least."""
+        # The factors are small: whatever is done to them instead of to their product costs nothing.
+        up = strength * self.scale * wide(self.up, base).flatten(1)  # (O, r)
+        down = wide(self.down, base).flatten(1)  # (r, I k)
         if self.mid is None:
-            return (self.scale * (up @ down)).reshape(base.shape)
-        made = torch.einsum("or,rs...,si->oi...", up, wide(self.mid, base), down)  # (O, I, *k)
-        return (self.scale * made).reshape(base.shape)
+            return (up @ down).reshape(base.shape)
+        return torch.einsum("or,rs...,si->oi...", up, wide(self.mid, base), down).reshape(base.shape)
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,13 @@ class Hadamard:
             return a.shape[0], b[0].numel()
         return a.shape[1], b.shape[1] * self.cores[0][0, 0].numel()
 
-    def dense(self, base: Tensor) -> Tensor:
-        """The difference in the shape of `base`, on its device, in float32 at least."""
+    def dense(self, base: Tensor, strength: float) -> Tensor:
+        """The difference times `strength`: a new tensor shaped and placed as `base`, in float32 at least."""
         cores = (None, None) if self.cores is None else self.cores
-        one, two = (product(*pair, core, base) for pair, core in zip((self.left, self.right), cores, strict=True))
-        return self.scale * one.reshape(base.shape) * two.reshape(base.shape)
+        factor = strength * self.scale
+        one = product(factor * wide(self.left[0], base), self.left[1], cores[0], base)  # (O, I k) or (O, I, *k)
+        two = product(self.right[0], self.right[1], cores[1], base)
+        return one.mul_(two).reshape(base.shape)
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,13 @@ class Kronecker:
             b, d = self.right[0].shape[0], self.right[-1][0].numel()
         return a * b, c * d
 
-    def dense(self, base: Tensor) -> Tensor:
-        """The difference in the shape of `base`, on its device, in float32 at least."""
+    def dense(self, base: Tensor, strength: float) -> Tensor:
+        """The difference times `strength`: a new tensor shaped and placed as `base`, in float32 at least."""
         left, right = self.left, self.right
         one = wide(left[0], base) if len(left) == 1 else product(left[0], left[1], None, base)  # (a, c)
         two = wide(right[0], base) if len(right) == 1 else product(right[0], right[1], self.core, base)
-        two = two.flatten(1)  # (b, d k)
-        return (self.scale * torch.kron(one.flatten(1).contiguous(), two.contiguous())).reshape(base.shape)
+        one, two = strength * self.scale * one.flatten(1), two.flatten(1).contiguous()  # (a, c), (b, d k)
+        return torch.kron(one, two).reshape(base.shape)
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,9 @@ class Full:
         """Rows and columns of the matrix that it makes: O and I times the kernel."""
         return self.difference.shape[0], self.difference[0].numel()
 
-    def dense(self, base: Tensor) -> Tensor:
-        """The difference in the shape of `base`, on its device, in float32 at least."""
-        return wide(self.difference, base).reshape(base.shape)
+    def dense(self, base: Tensor, strength: float) -> Tensor:
+        """The difference times `strength`: a new tensor shaped and placed as `base`, in float32 at least."""
+        return (strength * wide(self.difference, base)).reshape(base.shape)
 
 
 Delta = LowRank | Hadamard | Kronecker | Full
@@ -136,9 +139,10 @@ class Magnitude:
     on_input: bool = False
     inside: bool = False
 
-    def difference(self, base: Tensor, delta: Tensor, strength: float) -> Tensor:
-        """What is added to `base` (O, I, *k) for the low-rank difference `delta` of the same shape."""
-        target = base + (strength * delta if self.inside else delta)
+    def difference(self, base: Tensor, delta: Delta | None, strength: float) -> Tensor:
+        """What is added to `base` (O, I, *k), on its way to its lengths in the direction that `delta` gives it."""
+        base = base.to(torch.promote_types(base.dtype, torch.float32))
+        target = base if delta is None else delta.dense(base, strength if self.inside else 1.0).add_(base)
         kept = 1 if self.on_input else 0
         axes = [axis for axis in range(base.ndim) if axis != kept]
         norms = torch.linalg.vector_norm(target, dim=axes, keepdim=True)
@@ -160,12 +164,15 @@ class Change:
     bias: Tensor | None = None
 
     def difference(self, base: Tensor, strength: float) -> Tensor:
-        """What is added to the weight `base`, in its shape and on its device, in float32 at least."""
-        base = base.to(torch.promote_types(base.dtype, torch.float32))
-        delta = torch.zeros_like(base) if self.delta is None else self.delta.dense(base)
-        if self.magnitude is None:
-            return strength * delta
-        return self.magnitude.difference(base, delta, strength)
+        """What is added to the weight `base`: a new tensor shaped and placed as `base`, in float32 at least.
+
+        Raises ValueError when it has to do with the bias alone.
+        """
+        if self.magnitude is not None:
+            return self.magnitude.difference(base, self.delta, strength)
+        if self.delta is None:
+            raise ValueError("this change has nothing to do with the weight")
+        return self.delta.dense(base, strength)
 
     def misfit(self, weight: Tensor, bias: Tensor | None) -> str:
         """Why it does not fit a module with this weight and bias; "" where it does."""

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -182,23 +181,23 @@ class AdapterHost:
         elif weights:
             base = module._parameters["weight"]
             assert base is not None
-            self._swap(module, "weight", base, sum(c.difference(base, s) for c, s in weights))
+            total, *others = (change.difference(base, strength) for change, strength in weights)
+            for other in others:
+                total.add_(other)
+            self._swap(module, "weight", base, total)
         if biases:
             old = module._parameters.get("bias")
             like = module.weight if old is None else old
             assert isinstance(like, Tensor)
-            total = sum(s * wide(b, like).flatten() for b, s in biases)
-            self._swap(module, "bias", old, total, like)
+            total = torch.stack([s * wide(b, like).flatten() for b, s in biases]).sum(0)
+            self._swap(module, "bias", old, total if old is not None else total.to(like.dtype))
 
-    def _swap(
-        self, module: nn.Module, name: str, old: nn.Parameter | None, difference: Any, like: Tensor | None = None
-    ) -> None:
-        """Put old + difference in the place of `old`, in its dtype and memory layout."""
-        if old is None:
-            assert like is not None
-            new = difference.to(like.dtype)
-        else:
-            new = torch.empty_like(old).copy_(difference.add_(old))
+    def _swap(self, module: nn.Module, name: str, old: nn.Parameter | None, new: Tensor) -> None:
+        """Put old + new in the place of `old`, in its dtype and memory layout; `new` itself where there is no old."""
+        if old is not None:
+            new.add_(old)
+            if (new.dtype, new.stride()) != (old.dtype, old.stride()):
+                new = torch.empty_like(old).copy_(new)
         placed = nn.Parameter(new, requires_grad=old is not None and old.requires_grad)
         self._swaps.append(Swap(module, name, old, placed))
         module._parameters[name] = placed
@@ -226,10 +225,12 @@ def _term(module: nn.Linear | nn.Conv2d, change: Change, strength: float) -> Ter
         down = wide(delta.down, weight)
         if isinstance(module, nn.Linear):
             return partial(_thin_linear, [down.flatten(1).to(weight.dtype), up.to(weight.dtype)])
-        core = delta.mid
-        kernel = module.kernel_size
-        first = down.reshape(down.shape[0], -1, *(kernel if core is None else (1, 1)))  # (r, I, *k)
-        convs = [first, *([] if core is None else [wide(core, weight)]), up[:, :, None, None]]
+        kernel, last = module.kernel_size, up[:, :, None, None]
+        if delta.mid is None:
+            convs = [down.reshape(len(down), -1, *kernel), last]  # (r, I, *k)
+        else:
+            core = wide(delta.mid, weight)
+            convs = [down.reshape(len(down), -1, 1, 1), core.reshape(*core.shape[:2], *kernel), last]
         return partial(_thin_conv, [c.to(weight.dtype) for c in convs])
     difference = change.difference(weight, strength).to(weight.dtype)
     return partial(_dense_linear if isinstance(module, nn.Linear) else _dense_conv, [difference])

@@ -99,7 +99,7 @@ def read_adapter(path: Path | str, name: str | None = None) -> Adapter:
     for module, parts in groups.items():
         try:
             changes[module] = _change(parts, _outer(settings, module))
-        except (ValueError, IndexError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {module}: {error}") from None
     return Adapter(path.stem if name is None else name, path, changes)
 
@@ -142,7 +142,8 @@ def _change(parts: Mapping[str, Tensor], outer: Outer) -> Change:
 
 
 def _low_rank(parts: Mapping[str, Tensor], outer: Outer) -> Delta:
-    down, up, mid = _need(parts, "down", 2), _need(parts, "up", 2), parts.get("mid")
+    down, up = _need(parts, "down", 2), _need(parts, "up", 2)
+    mid = _need(parts, "mid", 3) if "mid" in parts else None
     rank = down.shape[0]
     if mid is None:
         _agree("down and up", rank, up[0].numel())
@@ -153,10 +154,7 @@ def _low_rank(parts: Mapping[str, Tensor], outer: Outer) -> Delta:
 
 
 def _hadamard(parts: Mapping[str, Tensor], outer: Outer) -> Delta:
-    left, right = (
-        (_need(parts, f"hada_w{i}_a", 2), _need(parts, f"hada_w{i}_b", 2))
-        for i in (1, 2)
-    )  # fmt: skip
+    left, right = ((_matrix(parts, f"hada_w{i}_a"), _matrix(parts, f"hada_w{i}_b")) for i in (1, 2))
     cores = None
     if "hada_t1" in parts or "hada_t2" in parts:
         cores = _need(parts, "hada_t1", 3), _need(parts, "hada_t2", 3)
@@ -176,7 +174,7 @@ def _hadamard(parts: Mapping[str, Tensor], outer: Outer) -> Delta:
 def _kronecker(parts: Mapping[str, Tensor], outer: Outer) -> Delta:
     left = _whole_or_factors(parts, "lokr_w1")
     right = _whole_or_factors(parts, "lokr_w2")
-    core = parts.get("lokr_t2")
+    core = _need(parts, "lokr_t2", 3) if "lokr_t2" in parts else None
     if core is not None and len(right) == 1:
         raise ValueError("lokr_t2 needs lokr_w2_a and lokr_w2_b")
     if len(left) == 2:
@@ -212,7 +210,12 @@ KINDS: tuple[tuple[frozenset[str], Callable[[Mapping[str, Tensor], Outer], Delta
 def _whole_or_factors(parts: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:
     if name in parts:
         return (_need(parts, name, 2),)
-    return _need(parts, f"{name}_a", 2), _need(parts, f"{name}_b", 2)
+    return _matrix(parts, f"{name}_a"), _matrix(parts, f"{name}_b")
+
+
+def _matrix(parts: Mapping[str, Tensor], name: str) -> Tensor:
+    """A factor as a matrix; programs differ in whether they keep a kernel's axes apart."""
+    return _need(parts, name, 2).flatten(1)
 
 
 def _need(parts: Mapping[str, Tensor], name: str, axes: int) -> Tensor:
@@ -225,6 +228,12 @@ def _need(parts: Mapping[str, Tensor], name: str, axes: int) -> Tensor:
     return tensor
 
 
+def _number(parts: Mapping[str, Tensor], name: str) -> float:
+    if parts[name].numel() != 1:
+        raise ValueError(f"{name} has the shape {tuple(parts[name].shape)}; expected one number")
+    return float(parts[name])
+
+
 def _agree(what: str, a: int, b: int) -> None:
     if a != b:
         raise ValueError(f"{what} have different ranks, {a} and {b}")
@@ -235,9 +244,9 @@ def _scale(parts: Mapping[str, Tensor], rank: int | None, outer: Outer) -> float
 
     An alpha of 0 stands for the rank, as in kohya's and LyCORIS' programs.
     """
-    factor = float(parts["scalar"]) if "scalar" in parts else 1.0
+    factor = _number(parts, "scalar") if "scalar" in parts else 1.0
     if "alpha" in parts and rank is not None:
-        return factor * (float(parts["alpha"]) / rank or 1.0)
+        return factor * (_number(parts, "alpha") / rank or 1.0)
     return factor * (1.0 if outer is None else outer(rank))
 
 
