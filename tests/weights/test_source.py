@@ -97,6 +97,25 @@ def test_tensors_are_private_and_outlive_the_file(tmp_path: Path, kind: str) -> 
         weights.to(torch.float16)
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "zip"])
+def test_views_of_one_file_do_not_disturb_one_another(tmp_path: Path, kind: str) -> None:
+    """Converting releases pages, which must never be those of a tensor that somebody has."""
+    big = {"w": torch.ones(100_000)}
+    path = tmp_path / "m"
+    if kind == "zip":
+        torch.save(big, path)
+    else:
+        save_file(big, path)
+    weights = open_weights(path)
+    converted, views = weights.to(torch.float16), weights.to()
+    held = [views["w"], weights["w"], converted.to()["w"]]
+    for factor, tensor in enumerate(held, 2):
+        tensor.mul_(factor)
+    for source in (converted, weights.to(torch.float64), views.to(torch.bfloat16), weights.to(torch.float16)):
+        assert float(source["w"].max()) == 1
+    assert [float(tensor.min()) for tensor in held] == [2, 3, 4]
+
+
 def test_nothing_is_read_to_know_what_is_there(tmp_path: Path) -> None:
     weights = open_weights(write(tmp_path / "m", "safetensors"))
     assert "w" in weights and "x" not in weights and list(weights.infos) == list(weights)

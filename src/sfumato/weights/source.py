@@ -75,11 +75,16 @@ class Weights(Mapping[str, Tensor]):
         self.metadata = table.metadata
         self.infos: Mapping[str, Info] = {name: _converted(info, dtype) for name, info in table.infos.items()}
         self._table: Table | None = table
+        self._read = False  # whether tensors of this mapping were given to the caller
+        self._lent = False  # whether the mapping was given to a conversion instead
         self._device = torch.device(device)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.infos:
             raise KeyError(name)
+        if self._lent:
+            self._table, self._lent = self._open().again(), False
+        self._read = True
         table = self._open()
         tensor = table.read(name)
         wanted = self.infos[name].dtype
@@ -87,8 +92,8 @@ class Weights(Mapping[str, Tensor]):
             return tensor
         fresh = tensor.to(device=self._device, dtype=wanted)
         if table.mapped(name):
-            # Or the pages of the file would add up beside what they were converted to. Nobody else has this view:
-            # a mapping that is converted from is handed out for no other dtype or device.
+            # Or the pages of the file would add up beside what they were converted to. Nobody else has this view, as
+            # each conversion has a mapping of its own.
             release(tensor)
         return fresh
 
@@ -106,7 +111,12 @@ class Weights(Mapping[str, Tensor]):
 
         Reading all of them takes the memory of the results and of one tensor more.
         """
-        return Weights(self.path, self.kind, self._open().again(), dtype, device)
+        table = self._open()
+        if self._read or self._lent:
+            table = table.again()
+        else:
+            self._lent = True
+        return Weights(self.path, self.kind, table, dtype, device)
 
     def close(self) -> None:
         """Let go of the file; tensors that were read stay valid."""
