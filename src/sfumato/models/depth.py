@@ -23,6 +23,8 @@ from sfumato.models.dpt import DPTConfig, DPTModel, Head, Neck
 class DPTProcessorConfig:
     """The entries of `feature_extractor/preprocessor_config.json`: how a picture is brought to the network's size.
 
+    Defaults are those of the published estimators.
+
     size:               height and width.
     keep_aspect_ratio:  scale both sides alike, as little as one of the two asks for.
     ensure_multiple_of: each side is rounded to a multiple of it.
@@ -33,7 +35,7 @@ class DPTProcessorConfig:
     size: tuple[int, int] = (384, 384)
     keep_aspect_ratio: bool = False
     ensure_multiple_of: int = 1
-    resample: int = 3
+    resample: int = 2
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 

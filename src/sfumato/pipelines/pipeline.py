@@ -20,6 +20,7 @@ from sfumato.diffusion.drive import Run, drive
 from sfumato.diffusion.samplers import evaluations
 from sfumato.diffusion.scheduler import Plan, Scheduler
 from sfumato.images import to_pil
+from sfumato.models.depth import DepthEstimator
 from sfumato.models.unet import UNet
 from sfumato.pipelines.check import PICTURES, check, settled
 from sfumato.pipelines.conditions import Outfit, Wardrobe, batches, outfit
@@ -89,6 +90,7 @@ class Pipeline:
         self.text_encoder: TextEncoder | None = parts.text_encoder
         self.tokenizer: Tokenizer | None = parts.tokenizer
         self.low_res_scheduler: Scheduler | None = parts.low_res_scheduler
+        self.depth_estimator: DepthEstimator | None = parts.depth_estimator
         self.pipeline: str = parts.pipeline
         self._scheduler = parts.scheduler
         self.runtime = runtime or as_it_is(next(self.unet.parameters()))

@@ -6,9 +6,11 @@ vae/               likewise; called vqvae/ in models of the latent-diffusion kin
 text_encoder/      config.json, model.safetensors; called bert/ in the latent-diffusion text-to-image model
 tokenizer/         vocab.json, merges.txt, tokenizer_config.json, special_tokens_map.json
 scheduler/         scheduler_config.json; low_res_scheduler/ likewise, for upscalers
+depth_estimator/   as text_encoder/, for depth models; feature_extractor/preprocessor_config.json goes with it
 
-Other sub-folders (safety_checker, feature_extractor, depth_estimator, image_encoder...) are passed over. Weights may
-also lie in variants (`model.fp16.safetensors`), in shards with an index, and in `.bin` files, which are read safely.
+Other sub-folders (safety_checker, image_encoder, the feature_extractor of other models...) are passed over. Weights
+may also lie in variants (`model.fp16.safetensors`), in shards with an index, and in `.bin` files, which are read
+safely.
 """
 
 from __future__ import annotations
@@ -29,11 +31,14 @@ from sfumato.models.autoencoder import AutoencoderConfig
 from sfumato.models.bert import LDMBertConfig
 from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
+from sfumato.models.depth import DepthEstimator, DPTProcessorConfig
+from sfumato.models.dpt import DPTConfig
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.models.vq import VQConfig
 from sfumato.text.bert import BertTokenizer
 from sfumato.text.tokenizer import ClipTokenizer
 from sfumato.weights import compvis
+from sfumato.weights.dpt import dpt_map
 from sfumato.weights.keymap import KeyMap
 from sfumato.weights.parts import NETWORKS, VAE, Components, HasComponents, TextEncoder, Tokenizer
 from sfumato.weights.safe import fill, write_tensors
@@ -43,6 +48,9 @@ INDEX = "model_index.json"
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # of an adapter in a folder of its own, as PEFT writes it
 LOW_RES = "low_res_scheduler"
+DEPTH = "depth_estimator"
+PROCESSOR = "feature_extractor"
+PROCESSOR_CONFIG = "preprocessor_config.json"
 DIFFUSION_FILE = "diffusion_pytorch_model"
 TRANSFORMERS_FILE = "model"
 WEIGHTS = re.compile(
@@ -59,6 +67,7 @@ class Layout:
 
     vae, text_encoder, tokenizer: the sub-folders; None for a part that such models do not have.
     low_res:  whether there is a second scheduler, of the noise on an upscaler's small picture.
+    optional: sub-folders that are read where the model has them.
     absent:   parts that diffusers looks up in the index and that are not needed to make pictures.
     entries:  further entries of the index.
     defaults: of entries that the autoencoder's configuration may lack, where they are not its own.
@@ -68,13 +77,14 @@ class Layout:
     text_encoder: str | None = "text_encoder"
     tokenizer: str | None = "tokenizer"
     low_res: bool = False
+    optional: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     entries: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def folders(self) -> list[str]:
-        """The sub-folders that are read."""
+        """The sub-folders that must be there."""
         names = ("unet", self.vae, self.text_encoder, self.tokenizer, "scheduler", LOW_RES if self.low_res else None)
         return [name for name in names if name is not None]
 
@@ -91,7 +101,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "StableDiffusionPipeline": CHECKED,
     "StableDiffusionInpaintPipeline": CHECKED,
     "StableDiffusionInstructPix2PixPipeline": CHECKED,
-    "StableDiffusionDepth2ImgPipeline": Layout(absent=("depth_estimator", "feature_extractor")),
+    "StableDiffusionDepth2ImgPipeline": Layout(optional=(DEPTH, PROCESSOR), absent=(DEPTH, PROCESSOR)),
     "StableDiffusionUpscalePipeline": Layout(
         low_res=True,
         absent=("feature_extractor", "safety_checker", "watermarker"),
@@ -118,6 +128,7 @@ TEXTS: Mapping[str, type] = {
     "LDMBertModel": LDMBertConfig,
     "ClassEmbedder": ClassEmbedderConfig,
 }
+DEPTHS: Mapping[str, type] = {"DPTForDepthEstimation": DPTConfig}
 TOKENIZERS: Mapping[str, type[ClipTokenizer] | type[BertTokenizer]] = {
     "CLIPTokenizer": ClipTokenizer,
     "CLIPTokenizerFast": ClipTokenizer,
@@ -129,6 +140,8 @@ LIBRARIES: Mapping[str, str] = {
     "CLIPTextModel": "transformers",
     "CLIPTokenizer": "transformers",
     "BertTokenizer": "transformers",
+    "DPTForDepthEstimation": "transformers",
+    "DPTImageProcessor": "transformers",
     "LDMBertModel": "latent_diffusion",
     "ClassEmbedder": "sfumato",
 }
@@ -167,8 +180,12 @@ def load_folder(
     unet = cast(UNet, network("unet", UNETS))
     vae = cast(VAE, network(layout.vae, VAES))
     text = None if layout.text_encoder is None else cast(TextEncoder, network(layout.text_encoder, TEXTS))
+    depth: DepthEstimator | None = None
+    if DEPTH in layout.optional and (path / DEPTH).is_dir() and index.get(DEPTH) not in (None, [None, None]):
+        depth = cast(DepthEstimator, network(DEPTH, DEPTHS))
+        depth.processor = _processor(path / PROCESSOR / PROCESSOR_CONFIG)
     family = _checked_channels(path, family, unet.config.in_channels, vae.config.latent_channels)
-    return Components(unet, vae, text, tokenizer, scheduler, low_res, family)
+    return Components(unet, vae, text, tokenizer, scheduler, low_res, family, depth)
 
 
 def load_vae_folder(
@@ -210,6 +227,7 @@ def save_folder(parts: HasComponents, path: Path | str, dtype: torch.dtype | Non
         "scheduler": parts.scheduler,
         LOW_RES: parts.low_res_scheduler,
     }
+    depth = parts.depth_estimator if DEPTH in layout.optional else None
     missing = [name for name in layout.folders if given[name] is None]
     if missing:
         raise ValueError(f"a {parts.pipeline} has {' and '.join(missing)}, which was not given; choose another class")
@@ -217,11 +235,8 @@ def save_folder(parts: HasComponents, path: Path | str, dtype: torch.dtype | Non
     for name in layout.folders:
         part = given[name]
         if name in layout.networks:
-            config = part.config.to_dict()
             file = DIFFUSION_FILE if name in ("unet", layout.vae) else TRANSFORMERS_FILE
-            write_tensors(path / name / f"{file}.safetensors", part.state_dict(), dtype)
-            write_json(path / name / CONFIG, config)
-            class_name = config["_class_name"]
+            class_name = _save_network(part, path / name, file, dtype)
         elif name == layout.tokenizer:
             part.save(path / name)
             class_name = "BertTokenizer" if isinstance(part, BertTokenizer) else "CLIPTokenizer"
@@ -229,6 +244,8 @@ def save_folder(parts: HasComponents, path: Path | str, dtype: torch.dtype | Non
             part.save_pretrained(path / name)
             class_name = type(part).__name__
         rows[name] = [LIBRARIES.get(class_name, "diffusers"), class_name]
+    if depth is not None:
+        rows |= _save_depth(depth, path, dtype)
     head = {"_class_name": parts.pipeline, "_diffusers_version": "0.30.0", **layout.entries}
     write_json(path / INDEX, head | dict(sorted(rows.items())))
 
@@ -331,11 +348,35 @@ def _network(
     return module.eval()
 
 
+def _save_network(network: Any, folder: Path, file: str, dtype: torch.dtype | None) -> str:
+    """Write a network's weights and configuration; the name of its class."""
+    config = network.config.to_dict()
+    write_tensors(folder / f"{file}.safetensors", network.state_dict(), dtype)
+    write_json(folder / CONFIG, config)
+    return str(config["_class_name"])
+
+
+def _save_depth(depth: DepthEstimator, path: Path, dtype: torch.dtype | None) -> dict[str, list[str]]:
+    """Write an estimator of depth and how its pictures are prepared; their rows of the index."""
+    name = _save_network(depth, path / DEPTH, TRANSFORMERS_FILE, dtype)
+    processor = depth.processor.to_dict()
+    write_json(path / PROCESSOR / PROCESSOR_CONFIG, processor)
+    classes = {DEPTH: name, PROCESSOR: str(processor["image_processor_type"])}
+    return {folder: [LIBRARIES[kind], kind] for folder, kind in classes.items()}
+
+
+def _processor(file: Path) -> DPTProcessorConfig:
+    """How pictures are prepared for the estimator of depth; as is usual where the folder does not say."""
+    return DPTProcessorConfig.from_dict(read_json(file)) if file.is_file() else DPTProcessorConfig()
+
+
 def _spelling(config: Any, names: Collection[str]) -> KeyMap | None:
     """The key map of a file that other versions of the libraries wrote; None where the names are ours."""
     if isinstance(config, CLIPTextConfig):
         whole = any(name.startswith("text_model.") for name in names)
         return compvis.clip_map(config) if whole else compvis.bare_clip_map(config)
+    if isinstance(config, DPTConfig):
+        return dpt_map(config)
     old = any(name.endswith(".query.weight") for name in names)
     return compvis.old_attention_map(config) if old else None
 

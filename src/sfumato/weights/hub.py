@@ -240,7 +240,7 @@ def plan_for(
     place = wanted.inside or "."
     below = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     if INDEX in below:
-        roles = {role for layout in LAYOUTS.values() for role in layout.folders}
+        roles = {role for layout in LAYOUTS.values() for role in (*layout.folders, *layout.optional)}
         chosen = [INDEX]
         for folder in sorted({name.split("/")[0] for name in below if "/" in name} & roles):
             own = [name.split("/")[1] for name in below if name.startswith(f"{folder}/") and name.count("/") == 1]

@@ -13,6 +13,8 @@ from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from sfumato.models.bert import LDMBertConfig, LDMBertModel
 from sfumato.models.classes import ClassEmbedder, ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
+from sfumato.models.depth import DepthEstimator
+from sfumato.models.dpt import DPTConfig
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.models.vq import VQConfig, VQModel
 from sfumato.presets import Preset, of_folder
@@ -30,6 +32,7 @@ NETWORKS: Mapping[type, Callable[[Any], nn.Module]] = {
     CLIPTextConfig: CLIPTextModel,
     LDMBertConfig: LDMBertModel,
     ClassEmbedderConfig: ClassEmbedder,
+    DPTConfig: DepthEstimator,
 }
 """The network of each kind of configuration."""
 
@@ -41,6 +44,7 @@ class Components:
     text_encoder, tokenizer: None where the model has no condition; the tokenizer also for class labels.
     low_res_scheduler:       the noise that an upscaler adds to its small picture; None for other models.
     pipeline:                the class that `model_index.json` names for such a model.
+    depth_estimator:         what a depth model makes its depth with; None where it came without, and for others.
     """
 
     unet: UNet
@@ -50,6 +54,7 @@ class Components:
     scheduler: Scheduler
     low_res_scheduler: Scheduler | None = None
     pipeline: str = "StableDiffusionPipeline"
+    depth_estimator: DepthEstimator | None = None
 
 
 class HasComponents(Protocol):
@@ -69,6 +74,8 @@ class HasComponents(Protocol):
     def low_res_scheduler(self) -> Scheduler | None: ...
     @property
     def pipeline(self) -> str: ...
+    @property
+    def depth_estimator(self) -> DepthEstimator | None: ...
 
 
 def preset_of(parts: HasComponents) -> Preset:
