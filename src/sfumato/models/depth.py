@@ -95,8 +95,8 @@ class DPTProcessorConfig:
         if self.keep_aspect_ratio:
             scales = [min(reversed(scales), key=lambda scale: abs(1 - scale))] * 2
         step = self.ensure_multiple_of
-        rows, columns = (round(scale * n / step) * step for scale, n in zip(scales, (height, width), strict=True))
-        return rows, columns
+        rows, columns = (max(round(n * scale / step), 1) for n, scale in zip((height, width), scales, strict=True))
+        return rows * step, columns * step
 
 
 @dataclass(frozen=True)
