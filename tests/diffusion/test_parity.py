@@ -82,9 +82,7 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 def test_driven_plan_is_the_diffusers_loop(sampler: str, config: dict, tmp_path: Path) -> None:
     """From one scheduler_config.json: 20 steps of three samplers equal the classes that stand for them."""
     name = "PNDMScheduler" if "skip_prk_steps" in config else "DDIMScheduler"
-    (tmp_path / "scheduler_config.json").write_text(
-        json.dumps({"_class_name": name, **config}), encoding="utf-8"
-    )
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": name, **config}), encoding="utf-8")
     scheduler = Scheduler.from_pretrained(tmp_path)
     assert type(scheduler).__name__ == name
     plan = scheduler.plan(20, sampler)
@@ -225,18 +223,12 @@ def test_configuration_round_trip(name: str, tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "ours")
     again = Scheduler.from_pretrained(tmp_path / "ours")
     assert type(again) is maker
-    assert {k: again.config[k] for k in again.option_names()} == {
-        k: ours.config[k] for k in ours.option_names()
-    }
+    assert {k: again.config[k] for k in again.option_names()} == {k: ours.config[k] for k in ours.option_names()}
     peer = getattr(diffusers, name).from_pretrained(tmp_path / "ours")
-    assert {k: peer.config[k] for k in ours.option_names()} == {
-        k: ours.config[k] for k in ours.option_names()
-    }
+    assert {k: peer.config[k] for k in ours.option_names()} == {k: ours.config[k] for k in ours.option_names()}
     peer.save_pretrained(tmp_path / "theirs")
     back = Scheduler.from_pretrained(tmp_path / "theirs")
-    assert {k: back.config[k] for k in ours.option_names()} == {
-        k: ours.config[k] for k in ours.option_names()
-    }
+    assert {k: back.config[k] for k in ours.option_names()} == {k: ours.config[k] for k in ours.option_names()}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -269,9 +261,7 @@ def test_conversions_follow_diffusers() -> None:
 
 def test_configurations_of_other_classes_are_taken_over() -> None:
     """UniPC and DEIS options become DPM-Solver++'s where a named class is asked for; otherwise the name is refused."""
-    unipc = dict(
-        diffusers.UniPCMultistepScheduler(**{k: LATENT[k] for k in ("beta_start", "prediction_type")}).config
-    )
+    unipc = dict(diffusers.UniPCMultistepScheduler(**{k: LATENT[k] for k in ("beta_start", "prediction_type")}).config)
     ours = DPM.from_config(unipc)
     assert ours.solver_type == "midpoint" and ours.prediction_type == "v_prediction"
     deis = dict(diffusers.DEISMultistepScheduler().config) | {"_use_default_values": []}
@@ -288,9 +278,7 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
         DPM(solver_order=3)
     with pytest.raises(ValueError, match=r"use_beta_sigmas=True"):
         EulerDiscreteScheduler(use_beta_sigmas=True)
-    with pytest.raises(
-        ValueError, match=r"prediction_type='flow'; allowed: 'epsilon', 'sample', 'v_prediction'"
-    ):
+    with pytest.raises(ValueError, match=r"prediction_type='flow'; allowed: 'epsilon', 'sample', 'v_prediction'"):
         DDIMScheduler(prediction_type="flow")
     with pytest.raises(ValueError, match=r"timestep_spacing 'trailling'; choose one of leading"):
         DDIMScheduler(timestep_spacing="trailling")
@@ -309,9 +297,7 @@ def test_plan_takes_any_sampler_and_spacing(sampler: str, spacing: str) -> None:
     for config in ({"_class_name": "DDIMScheduler", **LATENT}, {"_class_name": "PNDMScheduler", **SD1}):
         scheduler = Scheduler.from_config(config)
         plan = scheduler.plan(12, sampler, spacing, {"eta": 0.5} if sampler in ("ddim", "euler_a") else None)
-        noise = Run.begin(
-            plan.sampler, first(), plan.grid, torch.randn_like, Plain(Cond()), scheduler.prediction
-        )
+        noise = Run.begin(plan.sampler, first(), plan.grid, torch.randn_like, Plain(Cond()), scheduler.prediction)
         (x,) = drive([noise], net)
         assert torch.isfinite(x).all() and len(plan.grid) == 13
         assert [p.ratio for p in scheduler.grid(12, spacing, sampler)] == [p.ratio for p in plan.grid]

@@ -1,5 +1,6 @@
 """The mathematics: paths, grids, predictions, samplers, guidance, the one loop, and the scheduler facade."""
 
+from .brownian import Brownian, PictureNoise
 from .drive import Driver, Run, drive
 from .grid import SPACINGS, get_spacing, make_grid
 from .guidance import CFG, Guidance, Plain, Query
@@ -24,6 +25,7 @@ __all__ = [
     "PREDICTIONS",
     "SAMPLERS",
     "SPACINGS",
+    "Brownian",
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
@@ -38,6 +40,7 @@ __all__ = [
     "LMSDiscreteScheduler",
     "PNDMScheduler",
     "Path",
+    "PictureNoise",
     "Plain",
     "Plan",
     "Point",

@@ -119,7 +119,13 @@ class Configured:
         raise FileNotFoundError(f"no {CONFIG_NAME} in {' or '.join(map(str, places))}")
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write scheduler_config.json into a folder, which is made if need be."""
+        """Write scheduler_config.json into a folder, which is made if need be.
+
+        ValueError for a scheduler put together from parts: no configuration names these.
+        """
+        if not self.option_names():
+            known = ", ".join(self.makers())
+            raise ValueError(f"a {type(self).__name__} made from parts has no configuration to save; these do: {known}")
         config = {k: v for k, v in self.config.items() if k != "_use_default_values"}
         text = json.dumps(config, indent=2, sort_keys=True)
         with replacing(Path(folder) / CONFIG_NAME) as temporary:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .path import Path, Point
+from .path import END, Path, Point
 from .registry import find
 
 Spacing = Callable[[Path, int, int, float], list[Point]]
 SPACINGS: dict[str, Spacing] = {}
-
-END = Point(0.0, 1.0, 0.0)  # the data itself; no network is asked there
 
 
 def spacing(name: str) -> Callable[[Spacing], Spacing]:

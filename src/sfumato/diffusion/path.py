@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -22,11 +22,14 @@ class Point:
     t:     what the network is told.
     alpha: weight of the clean picture.
     sigma: weight of unit noise.
+    path:  the path that it lies on, for samplers that ask for points in between; two points are equal
+           without it.
     """
 
     t: float
     alpha: float
     sigma: float
+    path: Path | None = field(default=None, compare=False, repr=False)
 
     @property
     def ratio(self) -> float:
@@ -39,6 +42,9 @@ class Point:
         if self.alpha <= 0:
             return -math.inf
         return math.log(self.alpha / self.sigma) if self.sigma > 0 else math.inf
+
+
+END = Point(0.0, 1.0, 0.0)  # the data itself; no network is asked there
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,14 @@ class Path(Protocol):
 
     def at_level(self, level: float) -> Point:
         """The point with this noise level; t is clamped to the schedule."""
+        ...
+
+    def at_ratio(self, ratio: float) -> Point:
+        """The point with this sigma / alpha; t is clamped to the schedule."""
+        ...
+
+    def index(self, point: Point) -> float:
+        """The index of a point in the training schedule, the inverse of `place`."""
         ...
 
 
@@ -172,10 +186,11 @@ class VPPath:
         low = min(int(t), self.num_train_timesteps - 2)
         w = t - low
         if w in (0.0, 1.0):
-            return Point(float(t), float(self.alphas[low + int(w)]), float(self.sigmas[low + int(w)]))
+            row = low + int(w)
+            return Point(float(t), float(self.alphas[row]), float(self.sigmas[row]), self)
         if math.isinf(self.ratios[low + 1]):  # no ratio to interpolate next to pure noise
             alpha = float((1 - w) * self.alphas[low])
-            return Point(float(t), alpha, (1 - alpha**2) ** 0.5)
+            return Point(float(t), alpha, (1 - alpha**2) ** 0.5, self)
         table = self.ratios if self.interpolation == "linear" else self.log_ratios
         value = float((1 - w) * table[low] + w * table[low + 1])
         return self._from_ratio(float(t), value if self.interpolation == "linear" else math.exp(value))
@@ -202,10 +217,17 @@ class VPPath:
         t = float(np.interp(math.log(max(level, 1e-10)), self.log_ratios, np.arange(len(self.alphas))))
         return self._from_ratio(t, level)
 
-    @staticmethod
-    def _from_ratio(t: float, ratio: float) -> Point:
+    def at_ratio(self, ratio: float) -> Point:
+        """The point with this sigma / alpha."""
+        return self.at_level(ratio)
+
+    def index(self, point: Point) -> float:
+        """t."""
+        return point.t
+
+    def _from_ratio(self, t: float, ratio: float) -> Point:
         alpha = 1.0 / math.hypot(1.0, ratio)
-        return Point(t, alpha, ratio * alpha)
+        return Point(t, alpha, ratio * alpha, self)
 
 
 class VEPath:
@@ -216,9 +238,7 @@ class VEPath:
     The network's time is ln(sigma) / 4, the c_noise of Karras et al. 2022, table 1.
     """
 
-    def __init__(
-        self, sigma_min: float = 0.002, sigma_max: float = 80.0, num_train_timesteps: int = 1000
-    ) -> None:
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, num_train_timesteps: int = 1000) -> None:
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"sigma_min must lie between 0 and sigma_max, got {sigma_min} and {sigma_max}")
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
@@ -236,7 +256,7 @@ class VEPath:
 
     def point(self, t: float) -> Point:
         """The point at network time t = ln(sigma) / 4."""
-        return Point(float(t), 1.0, math.exp(4 * t))
+        return Point(float(t), 1.0, math.exp(4 * t), self)
 
     def at(self, t: Tensor) -> Points:
         """The points for a batch of network times (B,)."""
@@ -255,7 +275,15 @@ class VEPath:
 
     def at_level(self, level: float) -> Point:
         """The point with this sigma."""
-        return Point(math.log(level) / 4, 1.0, level)
+        return Point(math.log(level) / 4, 1.0, level, self)
+
+    def at_ratio(self, ratio: float) -> Point:
+        """The point with this sigma / alpha, which is sigma."""
+        return self.at_level(ratio)
+
+    def index(self, point: Point) -> float:
+        """Where the logarithm of sigma lies between those of the schedule's ends."""
+        return math.log(point.sigma / self.sigma_min) / math.log(self.sigma_max / self.sigma_min) * (self._n - 1)
 
 
 class FlowPath:
@@ -288,7 +316,7 @@ class FlowPath:
     def point(self, t: float) -> Point:
         """The point at network time t = N * sigma in 0..N."""
         check_range(t, 0, self._n)
-        return Point(float(t), 1.0 - t / self._n, t / self._n)
+        return Point(float(t), 1.0 - t / self._n, t / self._n, self)
 
     def at(self, t: Tensor) -> Points:
         """The points for a batch of network times (B,)."""
@@ -306,7 +334,16 @@ class FlowPath:
 
     def at_level(self, level: float) -> Point:
         """The point with this sigma."""
-        return Point(level * self._n, 1.0 - level, level)
+        return Point(level * self._n, 1.0 - level, level, self)
+
+    def at_ratio(self, ratio: float) -> Point:
+        """The point with this sigma / alpha."""
+        return self.at_level(ratio / (1 + ratio) if math.isfinite(ratio) else 1.0)
+
+    def index(self, point: Point) -> float:
+        """N u - 1 for the u that is shifted to sigma."""
+        s = point.sigma
+        return self._n * s / (self.shift + (1 - self.shift) * s) - 1
 
 
 def batched(t: Tensor, alpha: Tensor, sigma: Tensor) -> Points:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .brownian import Brownian
 from .config import Configured
 from .grid import make_grid
 from .path import Path, Point, VPPath
@@ -98,7 +99,7 @@ class Scheduler(Configured):
         self._steps: Steps | None = None
         self._point: Point | None = None
         self._eta = 0.0
-        self._noise_source: tuple[Generators | None, Tensor | None] = (None, None)
+        self.noise_source: tuple[Generators | None, Tensor | None] = (None, None)
 
     # What a configured facade decides -------------------------------------------------------------
 
@@ -157,6 +158,11 @@ class Scheduler(Configured):
         """Make the plan and list its evaluations."""
         plan = self.own_plan(steps)
         self._evaluations = evaluations(plan.sampler, plan.grid)
+        if not self._evaluations:
+            raise ValueError(
+                f"{self.entry.name} finds its points while it runs, so there are no timesteps to loop over; "
+                f"use a pipeline or drive(), or another sampler"
+            )
         self._places = {}
         self._given = None
         for i, point in enumerate(self._evaluations):
@@ -239,7 +245,7 @@ class Scheduler(Configured):
         limited = self.limit(x0)
         if self.keeps_eps and not use_clipped_model_output:
             x = x + point.alpha * (limited - x0)
-        self._noise_source = (generator, variance_noise)
+        self.noise_source = (generator, variance_noise)
         try:
             x, after = steps.send((x, limited))
             self._point = after
@@ -305,17 +311,46 @@ class Scheduler(Configured):
             if self.entry.run is not ddim:
                 raise ValueError(f"eta is an option of DDIM; {self.entry.name} takes none, got {eta}")
             sampler = partial(self.entry.run, eta=eta)
-        self._steps = sampler(sample, plan.grid[index:], self.fresh_noise)
+        self._steps = sampler(sample, plan.grid[index:], StepNoise(self))
         _, self._point = next(self._steps)
 
-    def fresh_noise(self, x: Tensor) -> Tensor:
-        """Standard noise like x from what `step` was given."""
-        generator, given = self._noise_source
+
+class StepNoise:
+    """A coroutine's noise, from what `step` was given last."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.paths: dict[int, Brownian] = {}  # by seed
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """Fresh standard noise like x."""
+        generator, given = self.scheduler.noise_source
         if given is not None:
             return given.to(x)
         if generator is None or isinstance(generator, torch.Generator):
             return draw(tuple(x.shape), generator, x)
         return torch.cat([draw((1, *x.shape[1:]), g, x) for g in generator])
+
+    def between(self, x: Tensor, a: Point, b: Point, /) -> Tensor:
+        """The increment from a to b of the Brownian path that belongs to a generator's seed, or one for each image.
+
+        Without a generator, a seed is drawn from torch's own at the first question.
+        """
+        generator, given = self.scheduler.noise_source
+        if given is not None:
+            return given.to(x)
+        if isinstance(generator, Sequence):
+            rows = zip(x.split(1), generator, strict=True)
+            return torch.cat([self._path(g.initial_seed()).between(row, a, b) for row, g in rows])
+        if generator is not None:
+            return self._path(generator.initial_seed()).between(x, a, b)
+        seed = next(iter(self.paths)) if self.paths else int(torch.randint(2**62, ()).item())
+        return self._path(seed).between(x, a, b)
+
+    def _path(self, seed: int) -> Brownian:
+        if seed not in self.paths:
+            self.paths[seed] = Brownian(seed)
+        return self.paths[seed]
 
 
 def column(values: Sequence[float], like: Tensor) -> Tensor:
