@@ -84,7 +84,7 @@ class TableScheduler(Scheduler):
             facade = type(facade).from_config(facade.config, **{k: v for k, v in curves.items() if k in names})
         plan = facade.own_plan(steps)
         if spacing is not None and f"use_{spacing}_sigmas" not in names and spacing not in TIME_SPACINGS:
-            points = get_spacing(spacing)(facade.path, steps, facade.steps_offset, 7.0)
+            points = get_spacing(spacing)(facade.path, steps, facade.steps_offset, None)
             run = facade.entry.run if plan.midway else plan.sampler  # a warm-up is bound to the grid it was for
             plan = Plan(run, [*points, plan.grid[-1]], plan.init_scale)
         if name != facade.entry.name:
