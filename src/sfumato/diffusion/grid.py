@@ -175,8 +175,10 @@ def beta(path: Path, steps: int, steps_offset: int, rho: float | None) -> list[P
 @spacing("kl_optimal")
 def kl_optimal(path: Path, steps: int, steps_offset: int, rho: float | None) -> list[Point]:
     """Evenly spaced in the arctangent of the level, best for Gaussian data (Sabour et al. 2024, section 3.1)."""
-    high, low = (math.atan(level) for level in level_range(path))
-    return [path.at_level(math.tan(high + (low - high) * i / max(steps - 1, 1))) for i in range(steps)]
+    top, bottom = level_range(path)
+    high, low = math.atan(top), math.atan(bottom)
+    angles = [high + (low - high) * i / max(steps - 1, 1) for i in range(steps)]
+    return [path.at_level(min(math.tan(angle), top) if i else top) for i, angle in enumerate(angles)]
 
 
 # The noise levels of 10 steps and their end that Sabour et al. 2024 publish, by model.
