@@ -15,6 +15,7 @@ from .named import (
     LMSDiscreteScheduler,
     PNDMScheduler,
 )
+from .names import find_sampler, find_spacing
 from .path import FlowPath, Path, Point, Points, VEPath, VPPath, add_noise, betas
 from .prediction import PREDICTIONS, Prediction, edm, get_prediction
 from .samplers import SAMPLERS, Entry, ancestral, evaluations, get_sampler, move, sampler
@@ -58,6 +59,8 @@ __all__ = [
     "drive",
     "edm",
     "evaluations",
+    "find_sampler",
+    "find_spacing",
     "get_prediction",
     "get_sampler",
     "get_spacing",

@@ -111,8 +111,12 @@ def dpmpp_2m_sde(
     s_noise: float = 1.0,
     rule: Literal["midpoint", "heun"] = "midpoint",
     euler_at_final: bool = False,
+    brownian: bool = False,
 ) -> Steps:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 5): dpmpp_2m with fresh noise, scaled by eta."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 5): dpmpp_2m with noise, scaled by eta.
+
+    brownian: noise comes from the picture's Brownian path, which other numbers of steps share.
+    """
     old, before = None, grid[0]
     for i, (a, b) in enumerate(pairwise(grid)):
         x, x0 = yield x, a
@@ -123,9 +127,15 @@ def dpmpp_2m_sde(
         up = math.sqrt(b.sigma**2 - down.sigma**2)
         x = move(x, extrapolated(x0, old, (before, a, b), (1 + eta) * h, rule), a, down)
         if up > 0:
-            x = x + up * s_noise * noise(x)
+            x = x + up * s_noise * (increment(noise, x, a, b) if brownian else noise(x))
         old, before = x0, a
     return x
+
+
+@sampler("dpmpp_2m_sde_heun", order=1, stochastic=True)
+def dpmpp_2m_sde_heun(x: Tensor, grid: Sequence[Point], noise: Noise, eta: float = 1.0, s_noise: float = 1.0) -> Steps:
+    """dpmpp_2m_sde with the other extrapolation, as in k-diffusion's solver_type "heun"."""
+    return (yield from dpmpp_2m_sde(x, grid, noise, eta, s_noise, rule="heun"))
 
 
 @sampler("dpmpp_3m_sde", order=2, stochastic=True)
