@@ -100,7 +100,7 @@ def test_an_adapter_in_the_prompt(tiny_folder: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--sampler", "dpm2m"], "unknown sampler 'dpm2m'; did you mean 'dpmpp_2m'"),
+        (["--sampler", "dpm2m"], "unknown sampler 'dpm2m'; did you mean 'dpm2' or 'dpmpp_2m'?"),
         (["--spacing", "karas"], "unknown spacing 'karas'; did you mean 'karras'? known: "),
         (["--width", "35"], "width = 35 is not a multiple of 4; the nearest that is: 36"),
         (["--steps", "0"], "num_inference_steps = '0': input should be greater than or equal to 1"),

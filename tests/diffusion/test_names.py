@@ -124,10 +124,8 @@ def test_our_own_names_come_first() -> None:
 
 def test_unknown_names_get_near_misses() -> None:
     """In one line, with everything that is known."""
-    with pytest.raises(
-        ValueError, match=r"^unknown sampler 'DPM\+\+ 2N Karas'; did you mean 'dpmpp_2m'.*known: euler, "
-    ):
-        find_sampler("DPM++ 2N Karas")
+    with pytest.raises(ValueError, match=r"^unknown sampler 'dpm2m'; did you mean .*'dpmpp_2m'.*known: euler, "):
+        find_sampler("dpm2m")
     with pytest.raises(ValueError, match=r"^unknown sampler 'euler_cfg_pp'; did you mean 'euler"):
         find_sampler("euler_cfg_pp")
     with pytest.raises(ValueError, match=r"^unknown sampler ''; known: "):
