@@ -1,6 +1,7 @@
 """Pictures that come with a request: opened, brought to size, and turned into tensors.
 
 H W picture height and width, h w latent height and width. Pictures are resized by Lanczos' filter, as diffusers does.
+A tensor is taken for a picture that somebody has prepared already, and returned as it is.
 """
 
 from __future__ import annotations
@@ -38,23 +39,29 @@ def open_picture(given: str | Image.Image, name: str) -> Image.Image:
         raise ValueError(f"{name}: {given} cannot be read: {error}") from None
 
 
-def picture(image: Image.Image, width: int, height: int) -> Tensor:
+def picture(image: Image.Image | Tensor, width: int, height: int) -> Tensor:
     """An RGB picture at a size, (1, 3, H, W) in [-1, 1]."""
+    if isinstance(image, Tensor):
+        return image
     return to_tensor([resized(image.convert("RGB"), width, height)])
 
 
-def repaint_mask(image: Image.Image, width: int, height: int) -> Tensor:
+def repaint_mask(image: Image.Image | Tensor, width: int, height: int) -> Tensor:
     """1 where a mask is bright and the picture is to be repainted, 0 where it is kept: (1, 1, H, W)."""
+    if isinstance(image, Tensor):
+        return image
     levels = np.array(resized(image.convert("L"), width, height))  # (H, W)
     return torch.from_numpy((levels > 127).astype(np.float32))[None, None]
 
 
-def depth_map(image: Image.Image, width: int, height: int) -> Tensor:
+def depth_map(image: Image.Image | Tensor, width: int, height: int) -> Tensor:
     """A depth map brought to latent size and to [-1, 1]: (1, 1, h, w). width, height: of the latent.
 
     Numbers of any range and precision (modes L, I and F); a coloured map is read as grey.
     Raises ValueError for a map that is the same everywhere.
     """
+    if isinstance(image, Tensor):
+        return image
     grey = image if image.mode in ("I", "F", "I;16", "I;16B", "L") else image.convert("L")
     depth = torch.from_numpy(np.array(grey, dtype=np.float32))[None, None]  # (1, 1, H, W)
     depth = F.interpolate(depth, size=(height, width), mode="bicubic", align_corners=False)  # (1, 1, h, w)

@@ -51,7 +51,7 @@ class Setting:
     plan:    the whole way from noise to data.
     shape:   of the latent, (1, C, h, w).
     eps:     standard noise to begin with; None draws it from the generator, where the task needs it.
-    images:  the request's pictures by the name of their field.
+    images:  the request's pictures by the name of their field; tensors are ready as they are, see `inputs`.
     strength, noise_level: the request's, 1 and 0 where they mean nothing.
     device, dtype: of the networks.
     """
@@ -63,7 +63,7 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     eps: Tensor | None = None
-    images: Mapping[str, Image.Image] = field(default_factory=dict)
+    images: Mapping[str, Image.Image | Tensor] = field(default_factory=dict)
     strength: float = 1.0
     noise_level: int = 0
     low_res_scheduler: Scheduler | None = None
@@ -76,7 +76,11 @@ class Setting:
 
     def noise(self) -> Tensor:
         """The noise to begin with, (1, C, h, w) float32."""
-        return (torch.randn(self.shape, generator=self.generator) if self.eps is None else self.eps).to(self.device)
+        return (self.drawn(self.shape) if self.eps is None else self.eps).to(self.device)
+
+    def drawn(self, shape: Sequence[int]) -> Tensor:
+        """Standard noise, the generator's next."""
+        return torch.randn(tuple(shape), generator=self.generator)
 
     def latents(self, x: Tensor) -> Tensor:
         """The latent (1, C, h, w), float32, of a picture (1, 3, H, W), drawn from its distribution."""
@@ -146,7 +150,7 @@ def upscale(s: Setting) -> Start:
     if s.low_res_scheduler is None:
         raise ValueError("this upscaler has no low_res_scheduler, which says how its small picture is noised")
     small = inputs.picture(s.images["image"], s.shape[3], s.shape[2])  # (1, 3, h, w)
-    eps = torch.randn(small.shape, generator=s.generator)
+    eps = s.drawn(small.shape)
     noised = add_noise(small, eps, s.low_res_scheduler.path.point(s.noise_level)).to(s.device)
     label = torch.tensor([[s.noise_level]], device=s.device)  # (1, 1)
     return s.from_noise(s.noise(), noised, label)
