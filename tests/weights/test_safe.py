@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.weights.safe import check_finite, fill, load_module, read_tensors, write_tensors
+from sfumato.weights.safe import check_finite, fill, lay_out, load_module, read_tensors, write_tensors
 from sfumato.weights.source import open_weights
 
 
@@ -171,3 +171,19 @@ def test_loading_takes_little_more_than_the_weights(tmp_path: Path) -> None:
         peak, rest = map(float, line.split())
         print(f"{file} -> {dtype}: peak {peak:.3f} of the weights' bytes, {rest:.3f} left after them")
         assert peak < 1.15 and rest < 0.1
+
+
+def test_laying_out_changes_the_order_in_memory_only(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    before = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Linear(4, 4), nn.Conv2d(16, 8, 1))
+    write_tensors(tmp_path / "m.safetensors", before.state_dict())
+    module = load_module(
+        lambda: nn.Sequential(nn.Conv2d(8, 16, 3), nn.Linear(4, 4), nn.Conv2d(16, 8, 1)), tmp_path / "m.safetensors"
+    )
+    parameters = list(module.parameters())
+    for _ in range(2):
+        lay_out(module)
+        assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
+        assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
+        assert all(torch.equal(t, module.state_dict()[name]) for name, t in before.state_dict().items())
+    module[0].weight.sum().backward()  # laid out in inference mode or not, it can be trained

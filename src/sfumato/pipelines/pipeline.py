@@ -33,6 +33,7 @@ from sfumato.weights.folder import save_folder
 from sfumato.weights.hub import find_file
 from sfumato.weights.model import load_model
 from sfumato.weights.parts import VAE, Components, TextEncoder, Tokenizer, preset_of
+from sfumato.weights.safe import lay_out
 
 OutputType = Literal["pil", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "pt", "latent")
@@ -187,9 +188,6 @@ class Pipeline:
         """Move the networks to a device, a dtype, or both; returns the pipeline itself."""
         now = self.runtime
         self.runtime = replace(now, device=torch.device(device or now.device), dtype=dtype or now.dtype)
-        layout = torch.channels_last if self.runtime.channels_last else torch.contiguous_format
-        for module in (self.unet, self.vae):
-            module.to(memory_format=layout)  # type: ignore[call-overload]
         for part in (self.unet, self.vae, self.text_encoder):
             if part is not None:
                 part.to(device=self.runtime.device, dtype=self.runtime.dtype)
@@ -303,6 +301,7 @@ class Pipeline:
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in about [-1, 1], float32, of latents (B, C, h, w), one at a time."""
+        self._lay_out()
         z = z.to(self.runtime.device, self.runtime.dtype)
         return torch.cat([self.vae.to_pixels(row[None]).float() for row in z])
 
@@ -327,6 +326,7 @@ class Pipeline:
     ) -> Iterator[tuple[Request, Tensor]]:
         """Each picture's request and final latent (1, C, h, w), group by group."""
         most = self.batch or (1 if self.runtime.device.type == "cpu" else 8)
+        self._lay_out()
         try:
             for first, wanted, some in batches(singles, most):
                 self._dressing().wear(wanted)
@@ -340,6 +340,12 @@ class Pipeline:
                         yield request, run.result
         finally:
             self._dressing().undress()
+
+    def _lay_out(self) -> None:
+        """Bring weights into the runtime's layout; not before the first use, so that opening a model copies nothing."""
+        if self.runtime.channels_last:
+            lay_out(self.unet)
+            lay_out(self.vae)
 
     def _dressing(self) -> Wardrobe:
         """The networks as they are now, with what they wear."""

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PAGE_OUT = 21  # MADV_PAGEOUT of Linux 5.4, which the mmap module does not name
 HEADER_LIMIT = 16 * 2**20  # bytes of JSON; a full Stable Diffusion file has 0.2 MiB, the longest adapters' about 5
 BRACKETS_LIMIT = 500_000  # each list or table of JSON takes 30 times its two characters in memory
 DIM_LIMIT = 2**40  # of one side, which matters only where another side is 0
@@ -93,11 +94,23 @@ def release(tensor: Tensor) -> None:
 
     Only for tensors that are views of a private mapping: what was written to them would be lost.
     """
+    _advise(tensor, mmap.MADV_DONTNEED)
+
+
+def page_out(tensor: Tensor) -> None:
+    """Ask the system to take the memory of a tensor that will not be needed soon; nothing in it is lost.
+
+    Pages of a mapped file go at once, all others stay or are swapped. Does nothing where the system cannot.
+    """
+    _advise(tensor, PAGE_OUT)
+
+
+def _advise(tensor: Tensor, advice: int) -> None:
     page = mmap.PAGESIZE
     begin = -(-tensor.data_ptr() // page) * page
     end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
     if sys.platform == "linux" and end > begin:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
 
 
 def read_header(path: Path) -> tuple[dict[str, Place], dict[str, str]]:

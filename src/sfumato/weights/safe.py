@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sfumato.files import replacing
+from sfumato.weights.mapped import page_out
 from sfumato.weights.source import Info, Weights, open_weights
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -157,3 +158,17 @@ def _listed(what: str, rows: Sequence[str]) -> str:
     more = f" and {len(rows) - ROWS} more" if len(rows) > ROWS else ""
     shown = (row if row.isprintable() else repr(row) for row in rows[:ROWS])
     return f"{len(rows)} {what}: {', '.join(shown)}{more}"
+
+
+def lay_out(module: nn.Module) -> None:
+    """Store the kernels of convolutions channels-last, one after the other, as channels-last pictures need them.
+
+    Parameters stay the same objects. Of mapped weights the file's pages are given back, so that they take the memory
+    of the result. Does nothing where it was done before.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        for weight in module.parameters():
+            if weight.ndim == 4 and not weight.is_contiguous(memory_format=torch.channels_last):
+                old = weight.data
+                weight.data = old.contiguous(memory_format=torch.channels_last)
+                page_out(old)
