@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sfumato.cond import Cond
 from sfumato.diffusion import CFG, Plain, Point, Run, drive, get_sampler, make_grid
+from sfumato.diffusion.around import Within
 from sfumato.diffusion.guidance import InstructCFG, Turns
 from sfumato.diffusion.path import FlowPath, VPPath
 from sfumato.diffusion.samplers import SAMPLERS
@@ -46,9 +47,13 @@ def test_scale_one_asks_once() -> None:
 def test_interval_bounds_where_two_questions_are_asked() -> None:
     """Both ends belong to it; outside only cond is asked."""
     grid = make_grid(VP, "trailing", 10)[:-1]
-    guidance = CFG(COND, UNCOND, 5.0, interval=(grid[6].ratio, grid[3].ratio))
+    guidance = Within(CFG(COND, UNCOND, 5.0), Plain(COND), (grid[6].ratio, grid[3].ratio))
     assert [len(guidance.ask(X, p)) for p in grid] == [1, 1, 1, 2, 2, 2, 2, 1, 1, 1]
-    assert len(CFG(COND, UNCOND, 5.0, interval=(0.0, 100.0)).ask(X, Point(999.0, 0.0, 1.0))) == 1
+    assert [q.cond for q in guidance.ask(X, grid[0])] == [COND]
+    assert torch.equal(guidance.combine(X, grid[0], [X]), X)
+    assert torch.allclose(guidance.combine(X, grid[3], [X + 1, X]), X + 5)
+    anywhere = Within(CFG(COND, UNCOND, 5.0), Plain(COND), (0.0, 100.0))
+    assert len(anywhere.ask(X, Point(999.0, 0.0, 1.0))) == 1
 
 
 def told(*values: float) -> list[Cond]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cond import Cond
-from .guidance import Guidance, Query
+from .guidance import Guidance, Query, anchor_of
 from .path import Point
 from .prediction import Prediction, get_prediction
 from .samplers import Noise, Sampler, Steps, evaluations
@@ -83,9 +83,11 @@ class Run:
     def advance(self, answers: Sequence[Tensor]) -> None:
         """Take the answers (as clean pictures) to this turn's questions and go on to the next point."""
         self.x0 = self.guidance.combine(self.x, self.point, answers)
+        anchor = anchor_of(self.guidance, self.x, self.point, answers)
+        x = self.x if anchor is None else self.x + self.point.alpha * (self.x0 - anchor)
         self.done += 1
         try:
-            self.x, self.point = self.steps.send((self.x, self.x0))
+            self.x, self.point = self.steps.send((x, self.x0))
         except StopIteration as stop:
             self.x = self.result = stop.value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -74,6 +74,25 @@ class Guidance(Protocol):
         ...
 
 
+@runtime_checkable
+class Anchored(Protocol):
+    """A guidance that also says which noise to go on with."""
+
+    def anchor(self, x: Tensor, point: Point, answers: Sequence[Tensor]) -> Tensor | None:
+        """The clean picture under whose noise x goes on; None where it is the one from `combine`.
+
+        Asked once after each `combine`, with the same arguments. The driver hands the sampler
+        x + alpha * (x0 - anchor): the noise seen in that beside x0 is the noise seen in x beside the anchor. So a
+        sampler needs no variant of itself.
+        """
+        ...
+
+
+def anchor_of(guidance: Guidance, x: Tensor, point: Point, answers: Sequence[Tensor]) -> Tensor | None:
+    """The anchor of a guidance, None where it has none."""
+    return guidance.anchor(x, point, answers) if isinstance(guidance, Anchored) else None
+
+
 @dataclass(frozen=True, eq=False)
 class Plain:
     """No guidance: one question, its answer taken as it is."""
@@ -89,30 +108,26 @@ class Plain:
         return answers[0]
 
 
+def sides(x: Tensor, point: Point, conds: Sequence[Cond | Turns]) -> list[Query]:
+    """One question for each condition."""
+    return [Query(x, point, condition_at(cond, point)) for cond in conds]
+
+
 @dataclass(frozen=True, eq=False)
 class CFG:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6, written so that scale 1 means none).
 
     cond, uncond: what is wanted, and what to move away from; they may differ in length and change apart.
     scale:        uncond + scale * (cond - uncond); 1 asks only once.
-    interval:     (low, high) of sigma / alpha inside which to guide, both included; None guides everywhere,
-                  and outside only `cond` is asked (Kynkäänniemi et al. 2024).
     """
 
     cond: Cond | Turns
     uncond: Cond | Turns
     scale: float
-    interval: tuple[float, float] | None = None
-
-    def active(self, point: Point) -> bool:
-        """Whether two questions are asked here."""
-        inside = self.interval is None or self.interval[0] <= point.ratio <= self.interval[1]
-        return self.scale != 1 and inside
 
     def ask(self, x: Tensor, point: Point) -> list[Query]:
-        """One question, and the unconditional one after it where guidance acts."""
-        conds = [self.cond, self.uncond] if self.active(point) else [self.cond]
-        return [Query(x, point, condition_at(cond, point)) for cond in conds]
+        """One question, and the unconditional one after it where there is a scale."""
+        return sides(x, point, [self.cond] if self.scale == 1 else [self.cond, self.uncond])
 
     def combine(self, x: Tensor, point: Point, answers: Sequence[Tensor]) -> Tensor:
         """uncond + scale * (cond - uncond), or the only answer."""
@@ -120,6 +135,76 @@ class CFG:
             return answers[0]
         cond, uncond = answers
         return uncond + self.scale * (cond - uncond)
+
+
+@dataclass(frozen=True, eq=False)
+class CFGPP:
+    """CFG++ (Chung et al. 2024, algorithm 1): a guided clean picture under the unconditional noise.
+
+    scale: the paper's lambda, 0 to 1: uncond + scale * (cond - uncond). At 1 the noise is still the
+           unconditional one, so both questions are always asked.
+    """
+
+    cond: Cond | Turns
+    uncond: Cond | Turns
+    scale: float
+
+    def ask(self, x: Tensor, point: Point) -> list[Query]:
+        """Two questions."""
+        return sides(x, point, [self.cond, self.uncond])
+
+    def combine(self, x: Tensor, point: Point, answers: Sequence[Tensor]) -> Tensor:
+        """uncond + scale * (cond - uncond)."""
+        cond, uncond = answers
+        return uncond + self.scale * (cond - uncond)
+
+    def anchor(self, x: Tensor, point: Point, answers: Sequence[Tensor]) -> Tensor | None:
+        """The unconditional answer."""
+        return answers[1]
+
+
+@dataclass(eq=False)
+class APG:
+    """Adaptive projected guidance (Sadat et al. 2024, algorithm 1). It remembers, so each run needs its own.
+
+    scale:     as in `CFG`; 1 asks only once.
+    parallel:  the share kept of the update's part along the conditional picture, which saturates colours; the
+               paper's eta. 1 keeps all.
+    threshold: the largest norm of the update over a whole picture; 0 sets no limit.
+    momentum:  weight of the updates before this one; negative ones lead away from them.
+
+    With parallel 1, threshold 0 and momentum 0 it is `CFG`.
+    """
+
+    cond: Cond | Turns
+    uncond: Cond | Turns
+    scale: float
+    parallel: float = 0.0
+    threshold: float = 0.0
+    momentum: float = 0.0
+    running: Tensor | None = field(default=None, init=False, repr=False)
+
+    def ask(self, x: Tensor, point: Point) -> list[Query]:
+        """One question, and the unconditional one after it where there is a scale."""
+        return sides(x, point, [self.cond] if self.scale == 1 else [self.cond, self.uncond])
+
+    def combine(self, x: Tensor, point: Point, answers: Sequence[Tensor]) -> Tensor:
+        """cond + (scale - 1) * update, or the only answer."""
+        if len(answers) == 1:
+            return answers[0]
+        cond, uncond = answers
+        update = cond - uncond
+        if self.momentum != 0:
+            update = update if self.running is None else update + self.momentum * self.running
+            self.running = update
+        axes = tuple(range(1, update.ndim))
+        if self.threshold > 0:
+            norm = update.norm(dim=axes, keepdim=True)  # (B, 1, 1, 1)
+            update = update * (self.threshold / norm.clamp(min=self.threshold))
+        exact, along = update.double(), cond.double()
+        along = along / along.norm(dim=axes, keepdim=True).clamp(min=1e-12)
+        part = (exact * along).sum(axes, keepdim=True) * along
+        return cond + (self.scale - 1) * (exact - part + self.parallel * part).to(cond.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -189,6 +189,7 @@ class Attention(nn.Module):
     groups: when set, x is a picture (B, C, H, W) that is group-normalised first and added at the end
     (the autoencoder's attention); otherwise x is (B, L, D) and the caller normalises and adds.
     upcast: scores and softmax in float32 whatever the weights' dtype (`upcast_attention`).
+    `sliced` may be set to a number of heads that are computed at a time, which takes less memory; None takes all.
     """
 
     def __init__(
@@ -204,8 +205,11 @@ class Attention(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"{heads} attention heads do not divide the width {width}; choose a divisor")
+        self.crosses = context_width is not None
         context_width = width if context_width is None else context_width
+        self.identity = False  # each token looks at itself alone; set by `perturb.perturbed`
         self.heads = heads
+        self.sliced: int | None = None
         self.upcast = upcast
         self.group_norm = None if groups is None else GroupNorm(groups, width, eps)
         self.to_q = nn.Linear(width, width, bias=bias)
@@ -220,15 +224,23 @@ class Attention(nn.Module):
         return self._tokens(x, x if context is None else context)
 
     def _tokens(self, x: Tensor, context: Tensor) -> Tensor:
+        if self.identity:
+            return self.to_out[0](self.to_v(x))  # (B, L, D)
         q, k, v = (
             layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, L or K, D / N)
             for layer, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
         )
         if self.upcast:
-            h = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+            h = self._attended(q.float(), k.float(), v.float()).to(v.dtype)
         else:
-            h = F.scaled_dot_product_attention(q, k, v)  # (B, N, L, D / N)
+            h = self._attended(q, k, v)  # (B, N, L, D / N)
         return self.to_out[0](h.transpose(1, 2).flatten(2))  # (B, L, D)
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.sliced is None:
+            return F.scaled_dot_product_attention(q, k, v)
+        slices = zip(*(heads.split(self.sliced, dim=1) for heads in (q, k, v)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*heads) for heads in slices], dim=1)
 
 
 class GEGLU(nn.Module):

@@ -89,8 +89,8 @@ def dpm_adaptive(
     while a.log_snr < end.log_snr - 1e-5:
         share = h / (end.log_snr - a.log_snr)
         b = between(a, end, share) if share < 1 else end
-        x, x0 = yield x, a
-        new, old = yield from solve(x, x0, a, b, 3)
+        edited, x0 = yield x, a  # kept only with the step, which may be tried again
+        new, old = yield from solve(edited, x0, a, b, 3)
         y, y_low = new / b.alpha, old / b.alpha
         allowed = torch.maximum(y_low.abs(), before.abs()).mul(rtol).clamp(min=atol)
         error = ((y_low - y) / allowed).square().mean().sqrt().item()
