@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sfumato.models.config import check_choice, read_config, write_config
 from sfumato.models.layers import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+from sfumato.models.network import Network
 
 EPS = 1e-6  # of every group norm in the autoencoder; no published config changes it
 OVERLAP = 0.25  # share of a tile that is blended with its neighbour
@@ -116,12 +117,20 @@ class EncoderOutput:
 
     latent_dist: DiagonalGaussian
 
+    def __getitem__(self, index: int) -> DiagonalGaussian:
+        """[0] is the distribution."""
+        return (self.latent_dist,)[index]
+
 
 @dataclass(frozen=True)
 class DecoderOutput:
     """What `decode` returns: the picture (B, 3, H, W), about [-1, 1] and not clamped."""
 
     sample: Tensor
+
+    def __getitem__(self, index: int) -> Tensor:
+        """[0] is the picture."""
+        return (self.sample,)[index]
 
 
 class DownEncoderBlock2D(nn.Module):
@@ -216,7 +225,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.conv_norm_out(h))  # (B, 3, H, W)
 
 
-class Coder(nn.Module):
+class Coder(Network):
     """Encoder and decoder, on whole pictures or in tiles; the classes below say what lies between them.
 
     They give `quant_conv` and `post_quant_conv`, and encode and decode through `_encoded` and `_decoded`.
@@ -228,6 +237,7 @@ class Coder(nn.Module):
     def __init__(self, config: CoderConfig, encoded: int) -> None:
         super().__init__()
         self.tile: int | None = None  # side of a tile in picture pixels while tiling is on
+        self.slicing = False
         self._sample_size, self._factor = config.sample_size, config.factor
         self.encoder = Encoder(config, encoded)
         self.decoder = Decoder(config)
@@ -247,11 +257,21 @@ class Coder(nn.Module):
         """Work on whole pictures again."""
         self.tile = None
 
+    def enable_slicing(self) -> None:
+        """Work on one picture of a batch at a time, which takes less memory."""
+        self.slicing = True
+
+    def disable_slicing(self) -> None:
+        """Work on all pictures of a batch at once again."""
+        self.slicing = False
+
     def _encoded(self, x: Tensor) -> Tensor:
         """What the encoder says of a picture (B, 3, H, W), after `quant_conv`: (B, C_out, h, w)."""
         f = self._factor
         if x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"picture of {x.shape[3]}x{x.shape[2]} pixels; use multiples of {f}")
+        if self.slicing and x.shape[0] > 1:
+            return torch.cat([self._encoded(row) for row in x.split(1)])
         if self.tile is not None and max(x.shape[2:]) > self.tile:
             return tiled(self._encode_tile, x, self.tile, self.tile // f)
         return self._encode_tile(x)
@@ -259,6 +279,8 @@ class Coder(nn.Module):
     def _decoded(self, z: Tensor) -> Tensor:
         """The picture (B, 3, H, W) of what goes into `post_quant_conv`, (B, Z, h, w)."""
         f = self._factor
+        if self.slicing and z.shape[0] > 1:
+            return torch.cat([self._decoded(row) for row in z.split(1)])
         if self.tile is not None and max(z.shape[2:]) > self.tile // f:
             return tiled(self._decode_tile, z, self.tile // f, self.tile)
         return self._decode_tile(z)
@@ -283,12 +305,18 @@ class AutoencoderKL(Coder):
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if config.use_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(z, z, 1) if config.use_post_quant_conv else nn.Identity()
 
-    def encode(self, x: Tensor) -> EncoderOutput:
-        """The distribution of the raw latent of a picture (B, 3, H, W); H and W must be multiples of f."""
+    def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput:
+        """The distribution of the raw latent of a picture (B, 3, H, W); H and W must be multiples of f.
+
+        return_dict: for notebooks, which take [0] of what they get with False.
+        """
         return EncoderOutput(DiagonalGaussian(self._encoded(x)))  # moments (B, 2 Z, h, w)
 
-    def decode(self, z: Tensor) -> DecoderOutput:
-        """The picture (B, 3, H, W) of a raw latent (B, Z, h, w)."""
+    def decode(self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> DecoderOutput:
+        """The picture (B, 3, H, W) of a raw latent (B, Z, h, w).
+
+        return_dict: for notebooks, which take [0] of what they get with False; generator: for these, not needed.
+        """
         return DecoderOutput(self._decoded(z))
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.models.config import check_choice, frozen, thawed
+from sfumato.models.network import Network
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -97,9 +98,10 @@ class CLIPTextOutput:
         """`pooled` under transformers' name."""
         return self.pooled
 
-    def __getitem__(self, index: int) -> Tensor:
-        """[0] is last_hidden_state and [1] pooled, as notebooks written for transformers expect."""
-        return (self.last_hidden_state, self.pooled)[index]
+    def __getitem__(self, index: int) -> Any:
+        """[0] is last_hidden_state, [1] pooled, [2] hidden_states, as notebooks written for transformers expect."""
+        parts = self.last_hidden_state, self.pooled
+        return (parts if self.hidden_states is None else (*parts, self.hidden_states))[index]
 
 
 class CLIPTextEmbeddings(nn.Module):
@@ -181,7 +183,7 @@ class CLIPTextTransformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
 
-class CLIPTextModel(nn.Module):
+class CLIPTextModel(Network):
     """Token ids (B, L) to token states (B, L, D); parameters named as in `text_encoder/`."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
@@ -190,8 +192,19 @@ class CLIPTextModel(nn.Module):
         self.text_model = CLIPTextTransformer(config)
         self.apply(self._init)
 
-    def forward(self, input_ids: Tensor, output_hidden_states: bool = False) -> CLIPTextOutput:
-        """Read B prompts of L token ids each; ValueError when L exceeds the position table."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> CLIPTextOutput:
+        """Read B prompts of L token ids each; ValueError when L exceeds the position table.
+
+        attention_mask: for notebooks: None, as Stable Diffusion reads the padding, too. return_dict likewise.
+        """
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise ValueError("attention_mask hides tokens, but these towers were used without one; leave it out")
         length, limit = input_ids.shape[1], self.config.max_position_embeddings
         if length > limit:
             raise ValueError(f"{length} tokens; this text encoder reads at most {limit}, cut the prompt")

@@ -25,6 +25,7 @@ from sfumato.models.layers import (
     Upsample2D,
     sinusoidal,
 )
+from sfumato.models.network import Network
 
 # Options of diffusers' UNet2DConditionModel and UNet2DModel for which our models need one value only.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -258,7 +259,18 @@ class UpBlock(Level):
         return x
 
 
-class UNet(nn.Module):
+@dataclass(frozen=True)
+class UNetOutput:
+    """What the network answers to a call in diffusers' form: the prediction (B, C_out, H, W)."""
+
+    sample: Tensor
+
+    def __getitem__(self, key: int | str) -> Tensor:
+        """The prediction for 0 and for "sample"."""
+        return {0: self.sample, "sample": self.sample}[key]
+
+
+class UNet(Network):
     """A noisy picture, its time and the condition to a prediction; parameters named as in `unet/`."""
 
     def __init__(self, config: UNetConfig) -> None:
@@ -274,6 +286,34 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList([UpBlock(c, level) for level in reversed(levels)])
         self.conv_norm_out = GroupNorm(c.norm_num_groups, widths[0], c.norm_eps, silu=True)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
+
+    def __call__(  # beside the package's own net(x, t, cond)
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        cond: Cond | Tensor | None = None,
+        *own: Any,
+        encoder_hidden_states: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Any:
+        """Evaluate the network: `forward` where the third argument is a Cond, else in the form that notebooks use.
+
+        There, encoder_hidden_states (B, K, D) may be the third argument, class_labels are (B,), sample has all input
+        channels, and the answer is an object with `.sample`, or a tuple with return_dict=False.
+        Raises ValueError for an option of diffusers' network that this one has not.
+        """
+        given = {name: value for name, value in others.items() if value is not None and value != {}}
+        if given:
+            name, value = next(iter(given.items()))
+            raise ValueError(f"UNet: {name} = {value!r} is not supported; leave it out")
+        if isinstance(cond, Cond):
+            return super().__call__(sample, timestep, cond, *own)
+        context = encoder_hidden_states if cond is None else cond
+        labels = None if class_labels is None else class_labels.reshape(-1, 1).expand(sample.shape[0], 1)
+        out = super().__call__(sample, timestep, Cond(context=context, pooled=labels))
+        return UNetOutput(out) if return_dict else (out,)
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond) -> Tensor:
         """Evaluate the network.
