@@ -230,10 +230,8 @@ class Attention(nn.Module):
             layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, L or K, D / N)
             for layer, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
         )
-        if self.upcast:
-            h = self._attended(q.float(), k.float(), v.float()).to(v.dtype)
-        else:
-            h = self._attended(q, k, v)  # (B, N, L, D / N)
+        kind = torch.float32 if self.upcast else v.dtype
+        h = self._attended(q.to(kind), k.to(kind), v.to(kind)).to(v.dtype)  # (B, N, L, D / N)
         return self.to_out[0](h.transpose(1, 2).flatten(2))  # (B, L, D)
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
