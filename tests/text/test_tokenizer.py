@@ -141,7 +141,7 @@ def test_added_tokens_survive_a_round_trip(tokenizer: ClipTokenizer, tmp_path: P
 
 def test_errors_say_what_to_do(tokenizer: ClipTokenizer, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="list of strings"):
-        tokenizer("a red apple")  # type: ignore[arg-type]
+        tokenizer.tokenize("a red apple")
     with pytest.raises(FileNotFoundError, match=r"neither vocab\.json"):
         ClipTokenizer.from_folder(tmp_path)
     with pytest.raises(ValueError, match="514"):
@@ -225,3 +225,34 @@ def test_a_trigger_at_the_end_of_the_room_is_reported(tokenizer: ClipTokenizer) 
     tokens = ours.tokenize(["red " * 20 + "cute apple"])
     assert tokens.ids[0, 21:].tolist() == [700, 701, tokenizer.eos_id]
     assert tokens.cut == ("cute apple",)
+
+
+def test_a_call_in_transformers_form_gives_what_transformers_gives(tokenizer: ClipTokenizer, tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    tokenizer.save(tmp_path)
+    theirs = CLIPTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
+    long = "a red apple " * tokenizer.max_length
+    both: list[str | list[str]] = ["a red apple", ["a red apple", "two green frogs on it"], [long, ""]]
+    forms = [
+        {"padding": "max_length", "max_length": tokenizer.max_length, "truncation": True, "return_tensors": "pt"},
+        {"padding": "max_length", "max_length": 9, "truncation": True, "return_tensors": "pt"},
+        {"padding": "longest", "return_tensors": "pt"},
+        {"padding": True, "truncation": True},
+        {"truncation": True},
+    ]
+    for texts in both:
+        for form in forms:
+            ours, wanted = tokenizer(texts, **form), theirs(texts, **form)
+            for name in ours.keys():  # noqa: SIM118
+                assert (
+                    torch.equal(torch.as_tensor(ours[name]), wanted[name])
+                    if "return_tensors" in form
+                    else (ours[name] == wanted[name])
+                ), (texts, form)
+    assert tokenizer("a red apple").input_ids == theirs("a red apple").input_ids
+    assert {**tokenizer("a red apple", return_tensors="pt").to("cpu")}.keys() == {"input_ids", "attention_mask"}
+    with pytest.raises(ValueError, match="padding='max_length'"):
+        tokenizer(["a", "a red apple"], return_tensors="pt")
+    with pytest.raises(ValueError, match="return_tensors = 'np'"):
+        tokenizer("a", return_tensors="np")

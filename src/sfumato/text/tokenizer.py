@@ -25,6 +25,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 from sfumato.files import read_json, replacing
+from sfumato.text.encoded import encode
 
 START = "<|startoftext|>"
 END = "<|endoftext|>"
@@ -137,8 +138,14 @@ class ClipTokenizer:
         """Number of ids, added tokens included, those of triggers not."""
         return int(self.backend.get_vocab_size())
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Token ids (B, L) int64 of `texts`; logs a warning that quotes what was cut off."""
+    def __call__(self, texts: str | Sequence[str], **form: Any) -> Any:
+        """Token ids (B, L) int64 of `texts`; logs a warning that quotes what was cut off.
+
+        A bare string or any keyword (padding, max_length, truncation, return_tensors) is a call in transformers'
+        form, answered by `Encoded`, see there.
+        """
+        if isinstance(texts, str) or form:
+            return encode(self, texts, **form)
         tokens = self.tokenize(texts)
         for text, cut in zip(texts, tokens.cut, strict=True):
             if cut:
@@ -187,6 +194,15 @@ class ClipTokenizer:
                 found.offsets.extend([match.span()] * len(ids))
                 words += 1
         return found
+
+    @property
+    def model_max_length(self) -> int:
+        """`max_length` under transformers' name."""
+        return self.max_length
+
+    def batch_decode(self, rows: Iterable[Iterable[int] | Tensor]) -> list[str]:
+        """The text of each row of ids, see `decode`."""
+        return [self.decode(row) for row in rows]
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of some ids, without start, end and padding, words separated by blanks.
