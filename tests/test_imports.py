@@ -22,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "presets": LEAVES | {"models"},
     "weights": LEAVES | {"diffusion", "models", "presets", "text"},
     "pipelines": LEAVES | {"diffusion", "models", "text", "weights", "images", "presets", "runtime", "sfumato"},
-    "images": {"files", "pipelines"},
+    "images": {"files", "pipelines", "recipes"},
+    "recipes": LEAVES | {"diffusion", "pipelines", "sfumato"},
     "sfumato": {"diffusion", "pipelines"},
 }
 ALLOWED["data"] = set(ALLOWED)

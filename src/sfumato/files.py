@@ -32,6 +32,31 @@ def replacing(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def creating(path: Path | str) -> Iterator[Path]:
+    """Like `replacing`, but FileExistsError where `path` is there already, even since the block began."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise FileExistsError(f"{path} exists and is not overwritten; name another place") from None
+        except OSError:  # a file system without links: claim the name, then fill it
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                raise FileExistsError(f"{path} exists and is not overwritten; name another place") from None
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def read_json(path: Path | str) -> dict[str, Any]:
     """The object in a JSON file; FileNotFoundError or ValueError naming the file."""
     path = Path(path)

@@ -1,26 +1,23 @@
-"""Pictures: tensors to PIL and back, contact sheets, and PNG files that carry their recipe."""
+"""Pictures: tensors to PIL and back, contact sheets, and files that carry their recipe."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image
 
-from sfumato.files import replacing
-from sfumato.pipelines.request import Request, parse
+from sfumato.files import creating, replacing
+from sfumato.pipelines.request import Request
+from sfumato.recipes import embed, recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-RECIPE = "sfumato"  # PNG text entry with the request as JSON
-MADE_WITH = "sfumato-runtime"  # PNG text entry with versions, device and precision as JSON
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-INFOTEXT = "parameters"  # PNG text entry that other programs read
 
 
 def to_pil(x: Tensor) -> list[Image.Image]:
@@ -64,19 +61,21 @@ def save(
     path: Path | str,
     request: Request | None = None,
     made_with: Mapping[str, Any] | None = None,
+    overwrite: bool = True,
 ) -> None:
-    """Write a picture in one step, as PNG with its recipe inside; .jpg and .webp drop the recipe.
+    """Write a picture in one step, with its recipe inside: as PNG text, or as EXIF in JPEG and WebP.
 
-    made_with: versions and precision, kept beside the recipe.
-    Raises ValueError for a suffix that is no picture format.
+    made_with: versions, precision and fingerprints, kept beside the recipe.
+    Raises ValueError for a suffix that is no picture format, FileExistsError without `overwrite` where there is a file.
     """
     path = Path(path)
     check_suffix(path)
-    with replacing(path) as temporary:
+    entries = recipe.entries_of(request, made_with or {})
+    with (replacing if overwrite else creating)(path) as temporary:
         if path.suffix.lower() == ".png":
-            image.save(temporary, format="PNG", pnginfo=_text(request, made_with or {}))
+            image.save(temporary, format="PNG", pnginfo=embed.png(entries))
         else:
-            image.save(temporary, quality=95)
+            image.save(temporary, quality=95, exif=embed.exif(entries))
 
 
 def check_suffix(path: Path) -> None:
@@ -86,20 +85,16 @@ def check_suffix(path: Path) -> None:
 
 
 def read_recipe(path: Path | str) -> Request:
-    """The request that a PNG was made from.
+    """The request that a picture was made from; of other programs' pictures, what could be understood.
 
-    Raises FileNotFoundError, or ValueError when the file is no PNG of this package.
+    Raises FileNotFoundError, or ValueError when the file is no picture or does not say.
     """
-    entries = _entries(path)
-    if RECIPE not in entries:
-        raise ValueError(f"{path} carries no recipe: it has no PNG text entry {RECIPE!r}")
-    return parse(**_json(path, entries[RECIPE]))
+    return recipe.read(path).request
 
 
 def read_made_with(path: Path | str) -> dict[str, Any]:
-    """The versions, device and precision that a PNG was made with; empty when it does not say."""
-    entries = _entries(path)
-    return _json(path, entries[MADE_WITH]) if MADE_WITH in entries else {}
+    """The versions, device and precision that a picture was made with; empty when it does not say."""
+    return recipe.made_with(path, embed.read(path))
 
 
 def next_path(folder: Path | str, suffix: str = ".png") -> Path:
@@ -108,52 +103,3 @@ def next_path(folder: Path | str, suffix: str = ".png") -> Path:
     names = [p.stem for p in folder.iterdir()] if folder.is_dir() else []
     taken = [int(name) for name in names if re.fullmatch(r"\d{5,}", name)]
     return folder / f"{max(taken, default=-1) + 1:05d}{suffix}"
-
-
-def infotext(request: Request) -> str:
-    """The request as most other programs read it: prompt, negative prompt, a line of parameters."""
-    negative = [f"Negative prompt: {request.negative_prompt}"] if request.negative_prompt else []
-    values = {
-        "Steps": request.num_inference_steps,
-        "Sampler": request.sampler,
-        "Schedule type": request.spacing,
-        "CFG scale": request.guidance_scale,
-        "Seed": request.seed,
-        "Size": f"{request.width}x{request.height}",
-        "Model": Path(request.model).name,
-        "Denoising strength": request.strength,
-        # Counted from 1 there.
-        "Clip skip": request.clip_skip + 1 if request.clip_skip else None,
-    }
-    parameters = ", ".join(f"{name}: {value}" for name, value in values.items() if value is not None)
-    return "\n".join([request.prompt, *negative, parameters])
-
-
-def _text(request: Request | None, made_with: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
-    info = PngImagePlugin.PngInfo()
-    if request is not None:
-        info.add_text(RECIPE, json.dumps(request.model_dump(mode="json")))
-        info.add_text(INFOTEXT, infotext(request))
-    if made_with:
-        info.add_text(MADE_WITH, json.dumps(dict(made_with)))
-    return info
-
-
-def _entries(path: Path | str) -> dict[str, str]:
-    try:
-        with Image.open(path) as image:
-            return dict(getattr(image, "text", {}))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no picture {path}") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture") from None
-
-
-def _json(path: Path | str, text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: its recipe is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: its recipe is a {type(content).__name__}; a JSON object is expected")
-    return content
