@@ -199,10 +199,10 @@ class APG:
             self.running = update
         axes = tuple(range(1, update.ndim))
         if self.threshold > 0:
-            norm = update.norm(dim=axes, keepdim=True)  # (B, 1, 1, 1)
+            norm = update.norm(2, axes, keepdim=True)  # (B, 1, 1, 1)
             update = update * (self.threshold / norm.clamp(min=self.threshold))
         exact, along = update.double(), cond.double()
-        along = along / along.norm(dim=axes, keepdim=True).clamp(min=1e-12)
+        along = along / along.norm(2, axes, keepdim=True).clamp(min=1e-12)
         part = (exact * along).sum(axes, keepdim=True) * along
         return cond + (self.scale - 1) * (exact - part + self.parallel * part).to(cond.dtype)
 
