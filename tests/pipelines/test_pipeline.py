@@ -13,7 +13,7 @@ from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.pipelines.pipeline import Pipeline, Progress
 from sfumato.pipelines.request import Request, parse
 from sfumato.runtime import as_it_is, choose
-from sfumato.weights.folder import Components, load_folder
+from sfumato.weights.folder import Components, load_folder, save_folder
 
 PROMPT = "a red apple on a blue background"
 
@@ -172,3 +172,27 @@ def test_clipping_that_is_not_applied_is_refused(tiny_pipe: Pipeline) -> None:
             tiny_pipe("a cat", seed=0, num_inference_steps=1)
     finally:
         tiny_pipe.scheduler = before
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_weights_that_are_not_finite_are_named(tiny_parts: Components, part: str, tmp_path: Path) -> None:
+    """Mapped weights are not read for a look at opening; what the networks say is looked at instead."""
+    network = getattr(tiny_parts, part)
+    name, weight = next((n, p) for n, p in network.named_parameters() if p.ndim == 1)
+    with torch.no_grad():
+        weight[0] = float("nan")
+    save_folder(tiny_parts, tmp_path)
+    pipe = Pipeline.from_pretrained(tmp_path, "float32", "cpu")
+    with pytest.raises(ValueError, match=f"1 with NaN or infinite numbers: {name}"):
+        pipe("a red apple", num_inference_steps=2)
+    with pytest.raises(ValueError, match=f"1 with NaN or infinite numbers: {name}"):
+        Pipeline.from_pretrained(tmp_path, "bfloat16", "cpu")
+
+
+def test_an_overflow_blames_the_precision(tiny_parts: Components) -> None:
+    with torch.no_grad():
+        tiny_parts.unet.conv_out.weight.fill_(1e30)
+        tiny_parts.unet.conv_out.bias.fill_(3e38)
+    pipe = Pipeline(tiny_parts, choose("cpu", "float32"))
+    with pytest.raises(ValueError, match="the U-Net gave NaN or infinite numbers in float32"):
+        pipe("a red apple", num_inference_steps=2)

@@ -12,7 +12,7 @@ from typing import Literal, cast
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato import __version__
 from sfumato.cond import Cond
@@ -21,9 +21,11 @@ from sfumato.diffusion.samplers import evaluations
 from sfumato.diffusion.scheduler import Plan, Scheduler
 from sfumato.images import to_pil
 from sfumato.models.depth import DepthEstimator
+from sfumato.models.perturb import perturbed
 from sfumato.models.unet import UNet
 from sfumato.pipelines.check import PICTURES, check, settled
 from sfumato.pipelines.conditions import Outfit, Wardrobe, batches, outfit
+from sfumato.pipelines.guided import check_guidance, scheduled, surrounded
 from sfumato.pipelines.inputs import open_picture
 from sfumato.pipelines.request import Request, parse
 from sfumato.pipelines.start import STARTS, Setting, Start, skipped
@@ -33,7 +35,7 @@ from sfumato.weights.folder import save_folder
 from sfumato.weights.hub import find_file
 from sfumato.weights.model import load_model
 from sfumato.weights.parts import VAE, Components, TextEncoder, Tokenizer, preset_of
-from sfumato.weights.safe import lay_out
+from sfumato.weights.safe import blame, is_finite, lay_out
 
 OutputType = Literal["pil", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "pt", "latent")
@@ -208,6 +210,14 @@ class Pipeline:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        cfg_pp: float | None = None,
+        apg: float | Sequence[float] | None = None,
+        pag_scale: float | None = None,
+        pag_layers: Sequence[str] = ("mid",),
+        dynamic_threshold: float | Sequence[float] | None = None,
+        rescale_betas_zero_snr: bool | None = None,
         seed: int | None = None,
         sampler: str | None = None,
         spacing: str | None = None,
@@ -239,6 +249,14 @@ class Pipeline:
                 width=width,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                guidance_rescale=guidance_rescale,
+                guidance_interval=guidance_interval,
+                cfg_pp=cfg_pp,
+                apg=apg,
+                pag_scale=pag_scale,
+                pag_layers=pag_layers,
+                dynamic_threshold=dynamic_threshold,
+                rescale_betas_zero_snr=rescale_betas_zero_snr,
                 seed=seed,
                 sampler=sampler,
                 spacing=spacing,
@@ -300,25 +318,35 @@ class Pipeline:
 
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in about [-1, 1], float32, of latents (B, C, h, w), one at a time."""
+        """Pictures (B, 3, H, W) in about [-1, 1], float32, of latents (B, C, h, w), one at a time.
+
+        Raises ValueError where numbers are not finite, naming the weights or the precision to blame.
+        """
         self._lay_out()
         z = z.to(self.runtime.device, self.runtime.dtype)
-        return torch.cat([self.vae.to_pixels(row[None]).float() for row in z])
+        x = torch.cat([self.vae.to_pixels(row[None]).float() for row in z])
+        if not is_finite(x):
+            raise blame("autoencoder", {"autoencoder": self.vae})
+        return x
 
-    def net(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The U-Net in the runtime's dtype: (B, C, h, w) to the same, float32."""
+    def net(self, x: Tensor, t: Tensor, cond: Cond, perturb: str | None = None) -> Tensor:
+        """The U-Net in the runtime's dtype: (B, C, h, w) to the same, float32; `perturb`: see `models/perturb.py`."""
         dtype = self.runtime.dtype
-        return self.unet(x.to(dtype), t, cond.to(dtype=dtype)).float()
+        with perturbed(self.unet, perturb):
+            out = self.unet(x.to(dtype), t, cond.to(dtype=dtype)).float()
+        if not is_finite(out):
+            raise blame("U-Net", self._networks())
+        return out
 
     def _resolved(self, request: Request) -> Request:
         known = (*self.embeddings, *(name for name in request.embeddings if name not in self.embeddings))
         named = request.model_copy(update={**self.source, "embeddings": known})
         request = settled(named, self.preset)
-        check(request, self.preset, self.scheduler.config)
+        check(request, self.preset)
         outfit(request).locate()
-        plan = self._plan(request)
-        if request.strength is not None:
-            skipped(len(plan.grid) - 1, request.strength)
+        grid = self._plan(request).grid
+        first = 0 if request.strength is None else skipped(len(grid) - 1, request.strength)
+        check_guidance(request, self.preset, self.unet, grid[first:])
         return request
 
     def _latents(
@@ -340,6 +368,9 @@ class Pipeline:
                         yield request, run.result
         finally:
             self._dressing().undress()
+
+    def _networks(self) -> dict[str, nn.Module | None]:
+        return {"text encoder": self.text_encoder, "autoencoder": self.vae, "U-Net": self.unet}
 
     def _lay_out(self) -> None:
         """Bring weights into the runtime's layout; not before the first use, so that opening a model copies nothing."""
@@ -364,9 +395,10 @@ class Pipeline:
         def fresh(x: Tensor) -> Tensor:
             return torch.randn(x.shape, generator=generator).to(x.device)
 
+        inner = self._dressing().guidance(request, self.preset.task, start)
         return Run(
             start.sampler(start.x, start.grid, fresh),
-            self._dressing().guidance(request, self.preset.task, start),
+            surrounded(inner, request, self.scheduler, self.preset, start.grid),
             self.scheduler.prediction,
             len(evaluations(start.sampler, start.grid)),
         )
@@ -396,7 +428,7 @@ class Pipeline:
     def _plan(self, request: Request) -> Plan:
         options = None if request.eta is None else {"eta": request.eta}
         steps = cast(int, request.num_inference_steps)
-        return self.scheduler.plan(steps, request.sampler, request.spacing, options)
+        return scheduled(request, self.scheduler).plan(steps, request.sampler, request.spacing, options)
 
 
 StableDiffusionPipeline = Pipeline

@@ -344,7 +344,7 @@ def _network(
         table = _spelling(config, weights)
         placed = weights.to(dtype, device)
         tensors = dict(placed) if table is None else table.load(placed, str(file))
-    fill(module, tensors, str(file))
+        fill(module, tensors, str(file), check=placed.converts)
     return module.eval()
 
 

@@ -56,11 +56,12 @@ def load_module(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     ignored: Sequence[str] = (),
+    check: bool = True,
 ) -> Module:
     """Build a module without memory and fill it from a file of weights; it comes back in evaluation mode.
 
     Names, shapes and types are compared before a tensor is read.
-    ignored: names that old files carry and no module needs.
+    ignored: names that old files carry and no module needs; check: see `fill`.
     Raises what `open_weights` and `fill` raise.
     """
     with torch.device("meta"):
@@ -69,22 +70,26 @@ def load_module(
         weights = file.to(dtype, device)
         infos = {name: info for name, info in weights.infos.items() if name not in ignored}
         _compare(module, infos, str(path))
-        _assign(module, {name: weights[name] for name in infos}, str(path))
+        _assign(module, {name: weights[name] for name in infos}, str(path), check)
     return module.eval()
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str = "the given tensors") -> None:
+def fill(
+    module: nn.Module, tensors: Mapping[str, Tensor], source: str = "the given tensors", check: bool = True
+) -> None:
     """Replace the parameters and buffers of `module` by `tensors` of the same names and shapes.
 
+    check: look for NaN and infinite numbers, which reads everything once. Whoever opens a model leaves it out for
+           mapped weights, which would have to be read for that alone, and looks at what the networks say instead
+           (`blame`).
     Raises ValueError listing the names that are missing or unknown, the shapes or types that differ, and the tensors
     that hold NaN or infinite numbers.
     """
     if isinstance(tensors, Weights):
-        infos = tensors.infos
-    else:
-        infos = {name: Info(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    _compare(module, infos, source)
-    _assign(module, dict(tensors), source)
+        _compare(module, tensors.infos, source)
+    tensors = dict(tensors)  # each is read, and perhaps converted, once
+    _compare(module, {name: Info(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}, source)
+    _assign(module, tensors, source, check)
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str = "the given tensors") -> None:
@@ -98,6 +103,20 @@ def check_finite(tensors: Mapping[str, Tensor], source: str = "the given tensors
             f"{source} cannot be used: {_listed('with NaN or infinite numbers', bad)}; "
             "fetch or save it again, and in float32 if it was converted to float16"
         )
+
+
+def blame(what: str, modules: Mapping[str, nn.Module | None]) -> ValueError:
+    """The error to raise when `what` gave NaN or infinite numbers: the weights of the modules, or the precision."""
+    dtypes = set()
+    for name, module in modules.items():
+        if module is not None:
+            try:
+                check_finite(module.state_dict(), f"the file of the {name}")
+            except ValueError as error:
+                return error
+            dtypes |= {str(weight.dtype).removeprefix("torch.") for weight in module.parameters()}
+    mend = "use --precision float32" if dtypes != {"float32"} else "all weights are finite; is the model a trained one?"
+    return ValueError(f"the {what} gave NaN or infinite numbers in {' and '.join(sorted(dtypes))}; {mend}")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -139,8 +158,9 @@ def _compare(module: nn.Module, infos: Mapping[str, Info], source: str) -> None:
         )
 
 
-def _assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    check_finite(tensors, source)
+def _assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str, check: bool) -> None:
+    if check:
+        check_finite(tensors, source)
     module.load_state_dict(tensors, assign=True)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_meta:

@@ -240,7 +240,7 @@ def read_part(
         names = [name for name in table.theirs if name in weights.infos]
     lazily = LazyTensors({name: partial(weights.__getitem__, name) for name in names})
     network = compvis.on_meta(partial(NETWORKS[type(config)], config))
-    fill(network, table.loading(lazily, source), source)
+    fill(network, table.loading(lazily, source), source, check=weights.converts)
     return network.eval()
 
 

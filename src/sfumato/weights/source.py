@@ -118,6 +118,12 @@ class Weights(Mapping[str, Tensor]):
             self._lent = True
         return Weights(self.path, self.kind, table, dtype, device)
 
+    @property
+    def converts(self) -> bool:
+        """Whether some tensor is stored in another type than it is read in."""
+        stored = self._open().infos
+        return any(info.dtype != stored[name].dtype for name, info in self.infos.items())
+
     def close(self) -> None:
         """Let go of the file; tensors that were read stay valid."""
         self._table = None
