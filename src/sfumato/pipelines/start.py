@@ -50,6 +50,7 @@ class Setting:
 
     plan:    the whole way from noise to data.
     shape:   of the latent, (1, C, h, w).
+    generator: None is torch's own.
     eps:     standard noise to begin with; None draws it from the generator, where the task needs it.
     images:  the request's pictures by the name of their field; tensors are ready as they are, see `inputs`.
     strength, noise_level: the request's, 1 and 0 where they mean nothing.
@@ -58,7 +59,7 @@ class Setting:
 
     plan: Plan
     shape: tuple[int, int, int, int]
-    generator: torch.Generator
+    generator: torch.Generator | None
     vae: VAE
     device: torch.device
     dtype: torch.dtype
