@@ -84,7 +84,7 @@ def test_named_facade_equals_driver_with_its_plan() -> None:
         ours = loop(scheduler, noise * scheduler.init_noise_sigma, noise_of(7)[0])
         plan = scheduler.plan(8)
         x = noise * plan.init_scale
-        run = Run.begin(plan.sampler, x, plan.grid, noise_of(7)[1], Plain(Cond()), scheduler.prediction)
+        run = Run.begin(plan.sampler, x, plan.grid, noise_of(7)[1], Plain(Cond()), scheduler.rule)
         (theirs,) = drive([run], net)
         scale = theirs.abs().max().item()
         apart = (ours - theirs).abs().max().item() / scale

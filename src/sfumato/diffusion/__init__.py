@@ -15,6 +15,15 @@ from .named import (
     LMSDiscreteScheduler,
     PNDMScheduler,
 )
+from .named_distilled import DDIMInverseScheduler, EDMEulerScheduler, LCMScheduler, TCDScheduler
+from .named_solvers import (
+    DEISMultistepScheduler,
+    DPMSolverSDEScheduler,
+    DPMSolverSinglestepScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from .names import find_sampler, find_spacing
 from .path import FlowPath, Path, Point, Points, VEPath, VPPath, add_noise, betas
 from .prediction import PREDICTIONS, Prediction, edm, get_prediction
@@ -27,10 +36,15 @@ __all__ = [
     "SAMPLERS",
     "SPACINGS",
     "Brownian",
+    "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
     "Driver",
+    "EDMEulerScheduler",
     "Entry",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
@@ -38,6 +52,9 @@ __all__ = [
     "FlowPath",
     "Guidance",
     "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
     "Path",
@@ -51,6 +68,8 @@ __all__ = [
     "Run",
     "Scheduler",
     "StepOutput",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
     "VEPath",
     "VPPath",
     "add_noise",

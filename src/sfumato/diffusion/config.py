@@ -14,20 +14,7 @@ from .registry import find
 
 CONFIG_NAME = "scheduler_config.json"
 # Options of schedulers that have no class here; configurations that were converted from these carry them along.
-FOREIGN = frozenset(
-    {
-        "disable_corrector",
-        "noise_sampler_seed",
-        "original_inference_steps",
-        "predict_x0",
-        "rho",
-        "s_noise",
-        "sigma_data",
-        "sigma_schedule",
-        "solver_p",
-        "timestep_scaling",
-    }
-)
+FOREIGN = frozenset({"s_noise"})
 C = TypeVar("C", bound="Configured")
 
 

@@ -9,21 +9,31 @@ timestep that comes next.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from .grid import END, exponential_levels, karras_levels, level_range
-from .path import FlowPath, Point
+from .grid import level_range
+from .path import END, FlowPath, Point
 from .samplers import get_sampler
-from .scheduler import Plan, Scheduler
-from .table import TableScheduler, threshold
+from .scheduler import Generators, Plan, Scheduler, StepOutput
+from .table import LEVELS, TableScheduler, threshold
 
 
-def limited(scheduler: DDIMScheduler | DDPMScheduler, x0: Tensor) -> Tensor:
+class Limits(Protocol):
+    """The options of schedulers that limit the clean picture."""
+
+    thresholding: bool
+    dynamic_thresholding_ratio: float
+    sample_max_value: float
+    clip_sample: bool
+    clip_sample_range: float
+
+
+def limited(scheduler: Limits, x0: Tensor) -> Tensor:
     """The clean picture thresholded, clipped, or left alone, as the scheduler's options say."""
     if scheduler.thresholding:
         return threshold(x0, scheduler.dynamic_thresholding_ratio, scheduler.sample_max_value)
@@ -54,10 +64,10 @@ class DDIMScheduler(TableScheduler):
         zero_snr = self.rescale_betas_zero_snr
         self.settle("ddim", self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr)
 
-    def own_plan(self, steps: int) -> Plan:
+    def own_plan(self, steps: int, given: Sequence[Point] = ()) -> Plan:
         """Whole timesteps, and at the end the data itself or the first row of the table."""
         end = END if self.set_alpha_to_one else self.path.point(0)
-        return Plan(self.entry.run, [*map(self.path.point, self.whole_indices(steps)), end])
+        return Plan(self.entry.run, [*(given or map(self.path.point, self.whole_indices(steps))), end])
 
     def limit(self, x0: Tensor) -> Tensor:
         """Dynamic thresholding, or clipping, as configured."""
@@ -88,15 +98,27 @@ class DDPMScheduler(TableScheduler):
         zero_snr = self.rescale_betas_zero_snr
         self.settle("ddpm", self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr)
 
-    def own_plan(self, steps: int) -> Plan:
+    def own_plan(self, steps: int, given: Sequence[Point] = ()) -> Plan:
         """Whole timesteps down to the data itself."""
         variance = "large" if self.variance_type == "fixed_large" else "small"
-        grid = [*map(self.path.point, self.whole_indices(steps)), END]
+        grid = [*(given or map(self.path.point, self.whole_indices(steps))), END]
         return Plan(partial(self.entry.run, variance=variance), grid)
 
     def limit(self, x0: Tensor) -> Tensor:
         """Dynamic thresholding, or clipping, as configured."""
         return limited(self, x0)
+
+    def step(  # type: ignore[override]  # the order of arguments is that of diffusers
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators | None = None,
+        return_dict: bool = True,
+        variance_noise: Tensor | None = None,
+    ) -> StepOutput | tuple[Tensor, Tensor]:
+        """Go from `sample` at `timestep` to the next timestep, with noise from `generator` or `variance_noise`."""
+        return self.advance(model_output, timestep, sample, generator, variance_noise, return_dict)
 
 
 @dataclass(eq=False)
@@ -116,16 +138,18 @@ class PNDMScheduler(TableScheduler):
         self.allow("prediction_type", "epsilon", "v_prediction")
         self.settle("plms", self.prediction_type, self.timestep_spacing, self.steps_offset)
 
-    def own_plan(self, steps: int) -> Plan:
+    def own_plan(self, steps: int, given: Sequence[Point] = ()) -> Plan:
         """Whole timesteps; Runge-Kutta steps also visit half a step above each of the first three ends."""
-        indices = self.whole_indices(steps)
-        grid = [*map(self.path.point, indices), END if self.set_alpha_to_one else self.path.point(0)]
+        points = given or [self.path.point(i) for i in self.whole_indices(steps)]
+        grid = [*points, END if self.set_alpha_to_one else self.path.point(0)]
+        if given:  # of no spacing that has midpoints
+            return Plan(self.entry.run, grid)
         run = partial(self.entry.run, mix="v" if self.prediction_type == "v_prediction" else "slope")
         midway = partial(run, warmup="none")
         if self.skip_prk_steps:
             return Plan(run, grid, midway=midway)
         half = self.num_train_timesteps // steps // 2
-        middle = [self.path.point(i + half) for i in indices[1:4]]
+        middle = [self.path.point(p.t + half) for p in points[1:4]]
         return Plan(partial(run, warmup="runge_kutta", middle=middle), grid, midway=midway)
 
     @property
@@ -148,13 +172,6 @@ class StraightScheduler(TableScheduler):
         """alpha."""
         return point.alpha
 
-    def curve(self) -> str | None:
-        """The spacing of noise levels that replaces the timesteps', if any."""
-        for name in ("karras", "exponential"):
-            if getattr(self, f"use_{name}_sigmas"):
-                return name
-        return None
-
     def final(self) -> Point:
         """Where sampling ends."""
         return END
@@ -163,14 +180,12 @@ class StraightScheduler(TableScheduler):
         """The noise levels that a curve runs between, given those of the timesteps."""
         return high, low
 
-    def own_plan(self, steps: int) -> Plan:
+    def own_plan(self, steps: int, given: Sequence[Point] = ()) -> Plan:
         """The timesteps' points, or points between the first and the last level of these."""
-        points = [self.path.point(i) for i in self.indices(steps)]
+        points = list(given) or [self.path.point(i) for i in self.indices(steps)]
         high, low = self.bounds(self.path.level(points[0]), self.path.level(points[-1]))
-        if self.curve() == "karras":
-            points = [self.path.at_level(level) for level in karras_levels(high, low, steps)]
-        elif self.curve() == "exponential":
-            points = [self.path.at_level(level) for level in exponential_levels(high, low, steps)]
+        if self.curve() and not given:
+            points = [self.path.at_level(level) for level in LEVELS[self.curve()](high, low, steps)]
         first = self.path.level(points[0])
         sample = first if self.spacing in ("linspace", "trailing") else math.hypot(first, 1)
         return Plan(self.entry.run, [*points, self.final()], init_scale=sample * points[0].alpha)
@@ -198,7 +213,6 @@ class EulerDiscreteScheduler(StraightScheduler):
     def __post_init__(self) -> None:
         self.allow("prediction_type", "epsilon", "sample", "v_prediction")
         self.allow("interpolation_type", "linear")
-        self.allow("use_beta_sigmas", False, None)
         self.allow("timestep_type", "discrete")
         self.allow("final_sigmas_type", "zero", "sigma_min")
         zero_snr = self.rescale_betas_zero_snr
@@ -229,10 +243,6 @@ class EulerAncestralDiscreteScheduler(StraightScheduler):
         zero_snr = self.rescale_betas_zero_snr
         self.settle("euler_a", self.prediction_type, self.timestep_spacing, self.steps_offset, zero_snr, True)
 
-    def curve(self) -> str | None:
-        """None: this scheduler has no such option."""
-        return None
-
 
 @dataclass(eq=False)
 class HeunDiscreteScheduler(StraightScheduler):
@@ -254,7 +264,6 @@ class HeunDiscreteScheduler(StraightScheduler):
 
     def __post_init__(self) -> None:
         self.allow("prediction_type", "epsilon", "sample", "v_prediction")
-        self.allow("use_beta_sigmas", False)
         self.settle("heun", self.prediction_type, self.timestep_spacing, self.steps_offset, straight=True)
 
     def limit(self, x0: Tensor) -> Tensor:
@@ -277,7 +286,6 @@ class LMSDiscreteScheduler(StraightScheduler):
 
     def __post_init__(self) -> None:
         self.allow("prediction_type", "epsilon", "sample", "v_prediction")
-        self.allow("use_beta_sigmas", False)
         self.settle("lms", self.prediction_type, self.timestep_spacing, self.steps_offset, straight=True)
 
 
@@ -313,6 +321,7 @@ class DPMSolverMultistepScheduler(TableScheduler):
     stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "dpmpp_2m": {"algorithm_type": "dpmsolver++", "solver_order": 2},
         "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+        "dpmpp_2m_sde_heun": {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "solver_type": "heun"},
     }
 
     def __post_init__(self) -> None:
@@ -328,7 +337,7 @@ class DPMSolverMultistepScheduler(TableScheduler):
         self.allow("final_sigmas_type", "zero", "sigma_min")
         self.allow("lambda_min_clipped", -math.inf)
         self.allow("variance_type", None)
-        for option in ("use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas", "use_dynamic_shifting"):
+        for option in ("use_lu_lambdas", "use_flow_sigmas", "use_dynamic_shifting"):
             self.allow(option, False)
         ode, sde = ("ddim", "euler_a") if self.solver_order == 1 else ("dpmpp_2m", "dpmpp_2m_sde")
         sampler = ode if self.algorithm_type == "dpmsolver++" else sde
@@ -341,18 +350,13 @@ class DPMSolverMultistepScheduler(TableScheduler):
             return super().whole_indices(steps)
         return super().whole_indices(steps + 1)[:-1]
 
-    def own_plan(self, steps: int) -> Plan:
+    def own_plan(self, steps: int, given: Sequence[Point] = ()) -> Plan:
         """Points of whole timesteps, or of noise levels between the first and last row of the table."""
-        points = [self.path.point(i) for i in self.whole_indices(steps)]
-        levels: list[float] = []
-        if self.use_karras_sigmas:
-            levels = karras_levels(*level_range(self.path), steps)
-        elif self.use_exponential_sigmas:
-            levels = exponential_levels(*level_range(self.path), steps)
-        if levels:
-            points = [self.path.at_level(level) for level in levels]
+        points = list(given) or [self.path.point(i) for i in self.whole_indices(steps)]
+        if self.curve() and not given:
+            points = [self.path.at_level(level) for level in LEVELS[self.curve()](*level_range(self.path), steps)]
         whole = round if self.use_karras_sigmas and self.beta_schedule != "squaredcos_cap_v2" else int
-        points = [replace(p, t=float(whole(p.t))) for p in points]
+        points = points if given else [replace(p, t=float(whole(p.t))) for p in points]
         grid = [*points, END if self.final_sigmas_type == "zero" else self.path.point(0)]
         if self.solver_order == 1:
             return Plan(self.entry.run, grid)
@@ -394,6 +398,10 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         self.steps_offset = 0
         path = FlowPath(self.shift, self.num_train_timesteps)
         self.prepare(path, "flow_prediction", "karras" if self.use_karras_sigmas else curve)
+
+    def at_sigma(self, sigma: float) -> Point:
+        """The shift is applied to the levels that a caller gives."""
+        return self.path.at_level(FlowPath(self.shift).shifted(sigma))
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise` under the name that flow pipelines call."""

@@ -6,9 +6,10 @@ names that model folders and notebooks use (DDIMScheduler and so on) are configu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from .brownian import Brownian
 from .config import Configured
 from .grid import make_grid
-from .path import Path, Point, VPPath
+from .path import END, Path, Point, VPPath
 from .prediction import get_prediction
 from .samplers import Sampler, Steps, ddim, evaluations, get_sampler
 
@@ -68,6 +69,7 @@ class Scheduler(Configured):
 
     order: ClassVar[int] = 1
     integer_times: ClassVar[bool] = False
+    takes_eta: ClassVar[bool] = False  # `step` always says what eta is
     keeps_eps: ClassVar[bool] = False  # DDIM: limiting the clean picture leaves the predicted noise as it was
 
     def __init__(
@@ -103,9 +105,22 @@ class Scheduler(Configured):
 
     # What a configured facade decides -------------------------------------------------------------
 
-    def own_plan(self, steps: int) -> Plan:
-        """The plan of this facade's own sampler and spacing."""
-        return Plan(self.entry.run, make_grid(self.path, self.spacing, steps, self.steps_offset))
+    def own_plan(self, steps: int, given: Sequence[Point] = ()) -> Plan:
+        """The plan of this facade's own sampler and spacing; `given` are points to take instead of the spacing's."""
+        grid = [*given, END] if given else make_grid(self.path, self.spacing, steps, self.steps_offset)
+        return Plan(self.entry.run, grid)
+
+    def at_sigma(self, sigma: float) -> Point:
+        """The point of one of the noise levels that a caller gives."""
+        return self.path.at_level(sigma)
+
+    def entered(self, plan: Plan, index: int) -> Sampler:
+        """The sampler for a run that begins at a point of the plan's grid."""
+        return plan.sampler if index == 0 else plan.midway or plan.sampler
+
+    def asked_from(self, plan: Plan, place: int) -> int:
+        """Where in the plan's grid a run begins whose first evaluation has this place in `timesteps`."""
+        return plan.grid.index(self._evaluations[place])
 
     def scale(self, point: Point) -> float:
         """The caller's samples are x / scale; 1 but for the Euler family on a variance-preserving path."""
@@ -128,9 +143,10 @@ class Scheduler(Configured):
 
         options: keywords of the sampler's coroutine, such as eta. ValueError for unknown names.
         """
-        entry = self.entry if sampler is None else get_sampler(sampler)
-        grid = make_grid(self.path, spacing or self.spacing, steps, self.steps_offset)
-        return Plan(partial(entry.run, **(options or {})), grid)
+        points = [] if spacing is None else make_grid(self.path, spacing, steps, self.steps_offset)[:-1]
+        plan = self.own_plan(steps, points)
+        run: Callable[..., Steps] = plan.sampler if sampler is None else get_sampler(sampler).run
+        return replace(plan, sampler=partial(run, **(options or {})))
 
     def grid(self, steps: int, spacing: str | None = None, sampler: str | None = None) -> list[Point]:
         """The grid of `plan`."""
@@ -145,18 +161,43 @@ class Scheduler(Configured):
             raise AttributeError(f"{type(self.path).__name__} has no alphas_cumprod; use path.at(t).alpha")
         return self.path.alphas_cumprod
 
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Lay the grid for a number of steps and begin anew; `timesteps` goes to `device`."""
-        self.num_inference_steps = num_inference_steps
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Lay the grid and begin anew; the `timesteps` that follow go to `device`.
+
+        For a number of steps, or through `timesteps` or noise levels `sigmas` (the last may be 0) of the
+        caller's own. ValueError unless one of the three is given, and for a list that does not go from noise
+        to data.
+        """
+        if sum(x is not None for x in (num_inference_steps, timesteps, sigmas)) != 1:
+            raise ValueError("set_timesteps takes one of num_inference_steps, timesteps and sigmas")
+        given: list[Point] = []
+        if timesteps is not None:
+            given = [self.path.point(float(t)) for t in timesteps]
+        elif sigmas is not None:
+            levels = [float(sigma) for sigma in sigmas]
+            given = [self.at_sigma(level) for level in (levels[:-1] if levels[-1:] == [0.0] else levels)]
+        if num_inference_steps is None and not given:
+            raise ValueError("set_timesteps was given an empty list; it needs one timestep or noise level at least")
+        if any(a.ratio <= b.ratio for a, b in pairwise(given)):
+            name, values = ("timesteps", timesteps) if timesteps is not None else ("sigmas", sigmas)
+            raise ValueError(f"{name} must fall from noise to data, got {list(values or ())}")
+        steps = len(given) if num_inference_steps is None else num_inference_steps
+        self.num_inference_steps = steps
         self.device = device
         self.begin_index = None
         self._steps = None
         self._plan = None
-        self.lay(num_inference_steps)
+        self.lay(steps, given)
 
-    def lay(self, steps: int) -> Plan:
+    def lay(self, steps: int, given: Sequence[Point] = ()) -> Plan:
         """Make the plan and list its evaluations."""
-        plan = self.own_plan(steps)
+        plan = self.own_plan(steps, given)
         self._evaluations = evaluations(plan.sampler, plan.grid)
         if not self._evaluations:
             raise ValueError(
@@ -235,6 +276,22 @@ class Scheduler(Configured):
         image). ValueError for a timestep that is not in `timesteps`, and for an eta that the sampler does not
         have.
         """
+        return self.advance(
+            model_output, timestep, sample, generator, variance_noise, return_dict, eta, use_clipped_model_output
+        )
+
+    def advance(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators | None,
+        variance_noise: Tensor | None,
+        return_dict: bool,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+    ) -> StepOutput | tuple[Tensor, Tensor]:
+        """What `step` does, whatever the order of its arguments is."""
         awaited = None if self._point is None else self.time(self._point.t)
         if self._steps is None or self.time(timestep) != awaited or eta != self._eta:
             self.begin(timestep, sample, eta)
@@ -301,25 +358,29 @@ class Scheduler(Configured):
             place = 0
         else:  # a repeated time is first the second evaluation of the step before, then a step of its own
             place = places[min(len(places) - 1, 1)]
-        point = self._evaluations[place]
-        if point not in plan.grid:
+        if self._evaluations[place] not in plan.grid:
             raise ValueError(f"sampling cannot start at timestep {float(timestep)}, which lies inside a step")
-        index = plan.grid.index(point)
-        sampler = plan.sampler if index == 0 else plan.midway or plan.sampler
+        index = self.asked_from(plan, place)
+        sampler = self.entered(plan, index)
         self._eta = eta
-        if eta != 0:
-            if self.entry.run is not ddim:
+        if eta != 0 or self.takes_eta:
+            if self.entry.run is not ddim and not self.takes_eta:
                 raise ValueError(f"eta is an option of DDIM; {self.entry.name} takes none, got {eta}")
-            sampler = partial(self.entry.run, eta=eta)
-        self._steps = sampler(sample, plan.grid[index:], StepNoise(self))
+            run: Callable[..., Steps] = sampler
+            sampler = partial(run, eta=eta)
+        self._steps = sampler(sample, plan.grid[index:], self.noise())
         _, self._point = next(self._steps)
+
+    def noise(self) -> StepNoise:
+        """What a coroutine draws its noise from."""
+        return StepNoise(self)
 
 
 class StepNoise:
-    """A coroutine's noise, from what `step` was given last."""
+    """A coroutine's noise, from what `step` was given last; its Brownian path has a seed of its own if given."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, seed: int | None = None) -> None:
+        self.scheduler, self.seed = scheduler, seed
         self.paths: dict[int, Brownian] = {}  # by seed
 
     def __call__(self, x: Tensor, /) -> Tensor:
@@ -339,6 +400,8 @@ class StepNoise:
         generator, given = self.scheduler.noise_source
         if given is not None:
             return given.to(x)
+        if self.seed is not None:
+            return self._path(self.seed).between(x, a, b)
         if isinstance(generator, Sequence):
             rows = zip(x.split(1), generator, strict=True)
             return torch.cat([self._path(g.initial_seed()).between(row, a, b) for row, g in rows])

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .grid import get_spacing, leading_indices, linspace_indices, trailing_indices
-from .path import SMALLEST_ALPHA_BAR, VPPath, betas
+from .grid import (
+    beta_levels,
+    exponential_levels,
+    get_spacing,
+    karras_levels,
+    leading_indices,
+    linspace_indices,
+    trailing_indices,
+)
+from .path import SMALLEST_ALPHA_BAR, Point, VPPath, betas
 from .samplers import get_sampler
 from .scheduler import Plan, Scheduler
 
 TIME_SPACINGS = ("leading", "trailing", "linspace")
+ZERO_SNR = "rescale_betas_zero_snr"
+LEVELS: Mapping[str, Callable[[float, float, int], list[float]]] = MappingProxyType(
+    {"karras": karras_levels, "exponential": exponential_levels, "beta": beta_levels}
+)
+"""Noise levels by the option use_..._sigmas that asks for them."""
 
 
 @dataclass(eq=False)
@@ -27,6 +41,9 @@ class TableScheduler(Scheduler):
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     trained_betas: Sequence[float] | None = None
+
+    time_spacings: ClassVar[Sequence[str]] = TIME_SPACINGS
+    """The spacings that the option timestep_spacing takes."""
 
     stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Names of the samplers that this class stands for, each with the options that select it."""
@@ -70,23 +87,23 @@ class TableScheduler(Scheduler):
         configuration had been loaded into it. ValueError for unknown names.
         """
         name = self.entry.name if sampler is None else get_sampler(sampler).name
-        facade: Scheduler = self
+        facade: TableScheduler = self
+        zero_snr = getattr(self, ZERO_SNR, False)
         for maker in self.makers().values():
-            if name != self.entry.name and issubclass(maker, TableScheduler) and name in maker.stands_for:
+            if name == self.entry.name or not issubclass(maker, TableScheduler) or name not in maker.stands_for:
+                continue
+            if not zero_snr or ZERO_SNR in maker.option_names():  # else the table of betas would be another
                 facade = maker.from_config(self.config, **maker.stands_for[name])
-        names = facade.option_names()
-        if spacing is None:
-            pass
-        elif spacing in TIME_SPACINGS:
+        names, points = facade.option_names(), list[Point]()
+        if spacing in facade.time_spacings:
             facade = type(facade).from_config(facade.config, timestep_spacing=spacing)
-        elif f"use_{spacing}_sigmas" in names:
-            curves = {f"use_{name}_sigmas": name == spacing for name in ("karras", "exponential")}  # one at a time
+        elif spacing in ("karras", "exponential") and f"use_{spacing}_sigmas" in names:
+            curves = {f"use_{name}_sigmas": name == spacing for name in LEVELS}  # one at a time
             facade = type(facade).from_config(facade.config, **{k: v for k, v in curves.items() if k in names})
-        plan = facade.own_plan(steps)
-        if spacing is not None and f"use_{spacing}_sigmas" not in names and spacing not in TIME_SPACINGS:
+        elif spacing is not None:
+            facade.check_steps(steps)
             points = get_spacing(spacing)(facade.path, steps, facade.steps_offset, None)
-            run = facade.entry.run if plan.midway else plan.sampler  # a warm-up is bound to the grid it was for
-            plan = Plan(run, [*points, plan.grid[-1]], plan.init_scale)
+        plan = facade.own_plan(steps, points)
         if name != facade.entry.name:
             plan = Plan(get_sampler(name).run, plan.grid, plan.init_scale)
         return replace(plan, sampler=partial(plan.sampler, **options)) if options else plan
@@ -98,11 +115,19 @@ class TableScheduler(Scheduler):
     def indices(self, steps: int) -> list[float]:
         """The rows of the table that the timestep spacing visits; "linspace" falls between rows."""
         n = self.num_train_timesteps
-        if not 1 <= steps <= n:
-            raise ValueError(f"the number of steps must be between 1 and {n}, got {steps}")
+        self.check_steps(steps)
         if self.spacing == "leading":
             return leading_indices(steps, n, self.steps_offset)
         return trailing_indices(steps, n) if self.spacing == "trailing" else linspace_indices(steps, n - 1)
+
+    def check_steps(self, steps: int) -> None:
+        """ValueError for more steps than the network was trained on, or none."""
+        if not 1 <= steps <= self.num_train_timesteps:
+            raise ValueError(f"the number of steps must be between 1 and {self.num_train_timesteps}, got {steps}")
+
+    def curve(self) -> str:
+        """The curve of noise levels that replaces the timesteps', or nothing."""
+        return next((name for name in LEVELS if getattr(self, f"use_{name}_sigmas", False)), "")
 
 
 def threshold(x0: Tensor, ratio: float, largest: float) -> Tensor:

@@ -124,7 +124,7 @@ def dpmpp_2m_sde(
             old = None
         h = b.log_snr - a.log_snr
         down = Point(b.t, b.alpha, b.sigma * math.exp(-eta * h) if eta > 0 else b.sigma)
-        up = math.sqrt(b.sigma**2 - down.sigma**2)
+        up = math.sqrt(max(b.sigma**2 - down.sigma**2, 0.0))
         x = move(x, extrapolated(x0, old, (before, a, b), (1 + eta) * h, rule), a, down)
         if up > 0:
             x = x + up * s_noise * (increment(noise, x, a, b) if brownian else noise(x))
@@ -146,10 +146,10 @@ def dpmpp_3m_sde(x: Tensor, grid: Sequence[Point], noise: Noise, eta: float = 1.
         x, x0 = yield x, a
         h = b.log_snr - a.log_snr
         bent = x0
-        if past and not math.isinf(h):
+        if past and not math.isinf(h) and h > 0:
             bent = x0 + parabola((a, x0), past, h, (1 + eta) * h)
         down = replace(b, sigma=b.sigma * math.exp(-eta * h) if eta > 0 else b.sigma)
-        up = math.sqrt(b.sigma**2 - down.sigma**2)
+        up = math.sqrt(max(b.sigma**2 - down.sigma**2, 0.0))
         x = move(x, bent, a, down)
         if up > 0:
             x = x + up * s_noise * increment(noise, x, a, b)
