@@ -115,7 +115,7 @@ class Within:
         return anchor_of(self.at(point), x, point, answers)
 
 
-def levels_of(grid: Sequence[Point], shares: tuple[float, float]) -> tuple[float, float]:
+def levels_of(grid: Sequence[Point], shares: Sequence[float]) -> tuple[float, float]:
     """The interval of sigma / alpha that the steps between two shares of a grid's steps fill.
 
     shares: (0.2, 0.8) leaves out the first and the last fifth of the steps; step i is in it from

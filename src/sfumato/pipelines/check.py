@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from PIL import Image
+
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.models.bert import LDMBertConfig
 from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
 from sfumato.pipelines.inputs import open_picture
-from sfumato.pipelines.request import MAX_SIDE, Request
+from sfumato.pipelines.request import MAX_SIDE, Request, stand_in
 from sfumato.presets import Preset, Task
 
 PICTURES = ("image", "mask", "depth")
@@ -37,16 +39,45 @@ class Uses:
         return [*self.needs, *self.may, *self.takes]
 
 
-PLAIN = Uses(may=("image",), takes={"strength": STRENGTH})
+REPAINT: Mapping[str, Any] = MappingProxyType(
+    {
+        "outpaint": None,
+        "soft_mask": False,
+        "mask_blur": 4.0,
+        "masked_content": "original",
+        "only_masked": False,
+        "mask_padding": 32,
+        "paste": True,
+    }
+)
+HIRES: Mapping[str, Any] = MappingProxyType({"hires_scale": None, "hires_upscaler": "lanczos", "hires_strength": None})
+HIRES_STRENGTHS: Mapping[str | None, float] = MappingProxyType({"latent": 0.7, "lanczos": 0.4})
+PLAIN = Uses(may=("image", "mask"), takes={"strength": STRENGTH, **REPAINT, **HIRES})
 USES: Mapping[Task, Uses] = MappingProxyType(
     {
         "text": PLAIN,
         "class": PLAIN,
         "unconditional": PLAIN,
-        "inpaint": Uses(needs=("image", "mask"), takes={"strength": 1.0}),
-        "depth": Uses(needs=("image", "depth"), takes={"strength": STRENGTH}),
+        "inpaint": Uses(needs=("image", "mask"), takes={"strength": 1.0, **REPAINT}),
+        "depth": Uses(needs=("image",), may=("depth",), takes={"strength": STRENGTH}),
         "instruct": Uses(needs=("image",), takes={"image_guidance_scale": 1.5}),
         "upscale": Uses(needs=("image",), takes={"noise_level": 20}),
+    }
+)
+# Fields that mean something only beside one of others.
+BESIDE: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType(
+    {
+        "strength": (("image",), "says how far to leave an image; give an image as well"),
+        "mask": (("image",), "says where to repaint an image; give an image as well"),
+        "outpaint": (("image",), "says how far an image grows; give an image as well"),
+        **dict.fromkeys(
+            ("soft_mask", "mask_blur", "masked_content", "only_masked", "paste"),
+            (("mask", "outpaint"), "is about repainting a part of an image; give mask or outpaint as well"),
+        ),
+        "mask_padding": (("only_masked",), "is about cutting the masked part out; give only_masked as well"),
+        "hires_upscaler": (("hires_scale",), "is about enlarging; give hires_scale as well"),
+        "hires_strength": (("hires_scale",), "is about enlarging; give hires_scale as well"),
+        "variation_seed": (("variation_strength",), "is the seed of a variation; give variation_strength as well"),
     }
 )
 OWN = sorted({name for uses in USES.values() for name in uses.fields})
@@ -61,9 +92,10 @@ TEXTS: Mapping[type, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-def settled(request: Request, preset: Preset) -> Request:
+def settled(request: Request, preset: Preset, estimates_depth: bool = False) -> Request:
     """The request with everything filled in that it left open: by the task, its image's size, the model, chance.
 
+    estimates_depth: the model makes depth of an image itself.
     Raises ValueError for a field that the model has no use for and for a picture that is missing.
     """
     uses, texts = USES[preset.task], TEXTS[type(preset.text)]
@@ -76,15 +108,24 @@ def settled(request: Request, preset: Preset) -> Request:
         raise ValueError(f"no prompt was given, or the prompt is blank; say {what}")
     if not texts and request.guidance_scale not in (None, 1):
         raise ValueError(f"guidance_scale = {request.guidance_scale:g}, but {preset.title} has no prompt; leave it out")
-    missing = [name for name in uses.needs if not given(request, name)]
+    missing = [name for name in uses.needs if not given(request, name) and not (name == "mask" and request.outpaint)]
     if missing:
-        estimated = "; depth is not estimated from the image" if missing[-1] == "depth" else ""
-        raise ValueError(f"{preset.title} ({preset.pipeline}) needs {' and '.join(missing)}{estimated}; give a picture")
-    if given(request, "strength") and not given(request, "image"):
-        raise ValueError(f"strength = {request.strength:g} says how far to leave an image; give an image as well")
+        raise ValueError(f"{preset.title} ({preset.pipeline}) needs {' and '.join(missing)}; give a picture")
+    if preset.task == "depth" and request.depth is None and not estimates_depth:
+        raise ValueError(
+            f"{preset.title} ({preset.pipeline}) needs depth, as it came without an estimator of it; give a picture"
+        )
+    for name, (others, why) in BESIDE.items():
+        if given(request, name) and not any(getattr(request, other) for other in others):
+            raise ValueError(f"{name} = {shown(getattr(request, name))} {why}")
     fill = {**uses.takes, **texts}
-    if request.image is None:
-        fill.pop("strength", None)
+    fill = {n: v for n, v in fill.items() if n not in BESIDE or any(getattr(request, o) for o in BESIDE[n][0])}
+    if "hires_strength" in fill:
+        fill["hires_strength"] = HIRES_STRENGTHS[request.hires_upscaler or fill["hires_upscaler"]]
+    if request.mask is not None or request.outpaint is not None:
+        fill["strength"] = 1.0
+    if request.rescale_betas_zero_snr:
+        fill["spacing"] = "trailing"  # the one that begins at the last training step (Lin et al. 2023, section 3.3)
     opened = {name: value for name, value in fill.items() if getattr(request, name) is None}
     return request.model_copy(update={**opened, **size(request, preset)}).resolved(preset)
 
@@ -95,10 +136,18 @@ def given(request: Request, name: str) -> bool:
     return value is not None and not (isinstance(value, str | tuple) and len(value) == 0)
 
 
+def shown(value: object) -> str:
+    """A value as a person wrote it."""
+    if isinstance(value, Image.Image):
+        return stand_in(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def size(request: Request, preset: Preset) -> dict[str, int]:
     """Width and height where a request with an image leaves them open: the image's, cut to what the model can make.
 
-    With one of the two given, the other follows the image's proportions. An upscaler enlarges by its factor.
+    With one of the two given, the other follows the image's proportions. An upscaler enlarges by its factor. What is
+    cut out with its mask takes the model's own size.
     Raises FileNotFoundError or ValueError for pictures that cannot be opened, an image that is too large, and a mask
     of another size.
     """
@@ -112,8 +161,12 @@ def size(request: Request, preset: Preset) -> dict[str, int]:
             f"the mask has {mask.width}x{mask.height} pixels and the image {image.width}x{image.height}; "
             "give a mask of the image's size"
         )
+    if request.only_masked:
+        return {}
     factor = preset.vae.factor
-    width, height = (float(side * factor if preset.task == "upscale" else side) for side in image.size)
+    left, right, top, bottom = request.outpaint or (0, 0, 0, 0)
+    sides = image.width + left + right, image.height + top + bottom
+    width, height = (float(side * factor if preset.task == "upscale" else side) for side in sides)
     if request.width is not None:
         height *= request.width / width
     elif request.height is not None:
@@ -123,25 +176,34 @@ def size(request: Request, preset: Preset) -> dict[str, int]:
     for name, side in found.items():
         if not 8 <= side <= MAX_SIDE:
             raise ValueError(
-                f"the image of {image.width}x{image.height} pixels makes a {name} of {side}, "
+                f"the image of {sides[0]}x{sides[1]} pixels makes a {name} of {side}, "
                 f"which is to be 8 to {MAX_SIDE}; give width and height"
             )
     return found
 
 
-def check(request: Request, preset: Preset, config: Mapping[str, object]) -> None:
-    """ValueError where a settled request does not fit the model; config: the scheduler's options."""
-    for option in ("clip_sample", "thresholding"):
-        if config.get(option):
-            raise ValueError(
-                f"the scheduler's {option} = true is for pixel models and is not applied to latents here; "
-                f"set it to false in scheduler_config.json, or use the scheduler's own step()"
-            )
+def check(request: Request, preset: Preset) -> None:
+    """ValueError where a settled request does not fit the model."""
     for name in ("width", "height"):
         side, f = getattr(request, name), preset.vae.factor
         if side % f:
             nearest = max(f, round(side / f) * f)
             raise ValueError(f"{name} = {side} is not a multiple of {f}; the nearest that is: {nearest}")
+    if request.hires_scale is not None:
+        if request.mask is not None or request.outpaint is not None:
+            part = "mask" if request.mask is not None else "outpaint"
+            raise ValueError(f"hires_scale enlarges the whole picture and {part} repaints a part; leave one of them out")
+        for name in ("width", "height"):
+            side = round(getattr(request, name) * request.hires_scale)
+            if side > MAX_SIDE:
+                raise ValueError(
+                    f"hires_scale = {request.hires_scale:g} makes a {name} of {side}, which is to be at most {MAX_SIDE}; "
+                    f"give at most {MAX_SIDE / getattr(request, name):.4g}"
+                )
+    if request.tile is not None and (request.tile % preset.vae.factor or request.tile < 8 * preset.vae.factor):
+        f = preset.vae.factor
+        nearest = max(8 * f, round(request.tile / f) * f)
+        raise ValueError(f"tile = {request.tile}; give a multiple of {f} from {8 * f} on; the nearest is {nearest}")
     if request.eta is not None:
         # The coroutine's own keywords are the one list of a sampler's options.
         able = [name for name, e in SAMPLERS.items() if "eta" in inspect.signature(e.run).parameters]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sfumato.cond import Cond
-from sfumato.diffusion.guidance import CFG, Guidance, InstructCFG, Plain, Turns
+from sfumato.diffusion.guidance import InstructCFG, Plain, Turns
 from sfumato.models.clip import CLIPTextModel
 from sfumato.models.unet import UNet
+from sfumato.pipelines.guided import Sides, sides
 from sfumato.pipelines.request import Request
 from sfumato.pipelines.start import Start
 from sfumato.presets import Task
@@ -55,12 +56,13 @@ def outfit(request: Request) -> Outfit:
 
 
 def batches(requests: Sequence[Request], most: int) -> Iterator[tuple[int, Outfit, Sequence[Request]]]:
-    """Neighbours of one outfit, at most so many together: (place of the first, outfit, requests)."""
+    """Neighbours of one outfit and tile, at most so many together: (place of the first, outfit, requests)."""
     first = 0
     while first < len(requests):
         wanted = outfit(requests[first])
         end = first + 1
-        while end < min(first + most, len(requests)) and outfit(requests[end]) == wanted:
+        alike = (wanted, requests[first].tile)
+        while end < min(first + most, len(requests)) and (outfit(requests[end]), requests[end].tile) == alike:
             end += 1
         yield first, wanted, requests[first:end]
         first = end
@@ -106,7 +108,7 @@ class Wardrobe:
         self._texts.clear()
         self._worn = BARE
 
-    def guidance(self, request: Request, task: Task, start: Start) -> Guidance:
+    def guidance(self, request: Request, task: Task, start: Start) -> Sides:
         """What to ask for a picture, in what is worn: the prompts along its grid, and the inputs of its start."""
         cond = self._told(extract_loras(request.prompt)[0], request, start, start.concat)
         scale = cast(float, request.guidance_scale)
@@ -117,9 +119,9 @@ class Wardrobe:
             image = self._told(request.negative_prompt, request, start, start.concat)
             nothing = self._told(request.negative_prompt, request, start, torch.zeros_like(start.concat))
             return InstructCFG(cond, image, nothing, scale, cast(float, request.image_guidance_scale))
-        if scale == 1:
+        if scale == 1 and request.cfg_pp is None:
             return Plain(cond)
-        return CFG(cond, self._told(request.negative_prompt, request, start, start.concat), scale)
+        return sides(request, cond, self._told(request.negative_prompt, request, start, start.concat))
 
     def _told(self, text: str, request: Request, start: Start, concat: Tensor | None) -> Cond | Turns:
         steps = len(start.grid) - 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import os
 import random
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -67,10 +69,20 @@ def _listed(given: object) -> object:
     return given
 
 
+def _numbers(given: object, info: ValidationInfo) -> object:
+    if isinstance(given, str):
+        try:
+            return tuple(float(part) for part in given.split(","))
+        except ValueError:
+            raise ValueError(f"{info.field_name} = {given!r}; give a number, or several parted by commas") from None
+    return (given,) if isinstance(given, int | float) and not isinstance(given, bool) else given
+
+
 Picture = Annotated[
     str | Image, PlainSerializer(_in_json, return_type=str, when_used="json"), WithJsonSchema({"type": "string"})
 ]
 Given = BeforeValidator(_path_or_image)
+Numbers = BeforeValidator(_numbers)
 
 
 class Request(BaseModel):
@@ -128,6 +140,56 @@ class Request(BaseModel):
         float | None,
         Field(ge=0, le=100, description="Weight of the prompt; 1 is no guidance (default: the model's)."),
         Flag(("--cfg",)),
+    ] = None
+    guidance_rescale: Annotated[
+        float | None,
+        Field(ge=0, le=1, description="Share by which guidance is brought back to the contrast without (default: 0)."),
+    ] = None
+    guidance_interval: Annotated[
+        tuple[float, ...] | None,
+        Numbers,
+        Field(description="Guide between these shares of the steps only, e.g. 0.1,0.8 (default: everywhere)."),
+        Flag(value="FROM,TO"),
+    ] = None
+    cfg_pp: Annotated[
+        float | None,
+        Field(
+            ge=0, le=10, description="Weight of CFG++, about 0.2 to 1, in the place of guidance_scale (default: off)."
+        ),
+    ] = None
+    apg: Annotated[
+        tuple[float, ...] | None,
+        Numbers,
+        Field(
+            description="Projected guidance: share kept of what saturates, then the largest norm of an update, then "
+            "momentum, e.g. 0,7.5,-0.75 (default: off)."
+        ),
+        Flag(value="SHARE[,NORM[,MOMENTUM]]"),
+    ] = None
+    pag_scale: Annotated[
+        float | None,
+        Field(ge=0, le=100, description="Weight of perturbed-attention guidance, e.g. 3 (default: 0, which is off)."),
+        Flag(("--pag",)),
+    ] = None
+    pag_layers: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_listed),
+        Field(min_length=1, description="Layers that it perturbs, by parts of their names (default: mid)."),
+        Flag(value="NAME,..."),
+    ] = ("mid",)
+    dynamic_threshold: Annotated[
+        tuple[float, ...] | None,
+        Numbers,
+        Field(
+            description="Quantile, e.g. 0.995, to which bright clean pictures are clipped and shrunk; for latents also "
+            "their range, e.g. 0.995,4 (default: off)."
+        ),
+        Flag(value="QUANTILE[,RANGE]"),
+    ] = None
+    rescale_betas_zero_snr: Annotated[
+        bool | None,
+        Field(description="Let the noise levels begin at pure noise, for v-predicting models (default: the model's)."),
+        Flag(("--zero-snr",)),
     ] = None
     seed: Annotated[
         int | None,
@@ -213,6 +275,48 @@ class Request(BaseModel):
             check_rule(name)
         return name
 
+    @field_validator("guidance_interval")
+    @classmethod
+    def _rising_shares(cls, shares: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if shares is not None and not (len(shares) == 2 and 0 <= shares[0] < shares[1] <= 1):
+            raise ValueError(
+                f"guidance_interval = {_typed(shares)}; give two rising shares of the steps between 0 and 1"
+            )
+        return shares
+
+    @field_validator("apg")
+    @classmethod
+    def _known_apg(cls, given: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if given is not None:
+            share, norm, momentum = (*given, 0.0, 0.0)[:3] if 1 <= len(given) <= 3 else (-1.0, 0.0, 0.0)
+            if not (0 <= share <= 1 and 0 <= norm < math.inf and -1 < momentum < 1):
+                raise ValueError(
+                    f"apg = {_typed(given)}; give a share from 0 to 1, then if wanted a norm from 0 (no limit) up, "
+                    "then a momentum between -1 and 1, as in 0,7.5,-0.75"
+                )
+        return given
+
+    @field_validator("dynamic_threshold")
+    @classmethod
+    def _known_threshold(cls, given: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if given is not None and not (
+            len(given) in (1, 2) and 0.5 <= given[0] <= 1 and all(0 < r < math.inf for r in given[1:])
+        ):
+            raise ValueError(
+                f"dynamic_threshold = {_typed(given)}; give a quantile from 0.5 to 1, then if wanted a range above 0, "
+                "as in 0.995,4"
+            )
+        return given
+
+    @model_validator(mode="after")
+    def _one_rule_of_guidance(self) -> Request:
+        if self.cfg_pp is not None and self.apg is not None:
+            raise ValueError(
+                f"cfg_pp = {self.cfg_pp:g} and apg = {_typed(self.apg)} each say what is made of prompt and negative "
+                "prompt; give one of the two"
+            )
+        return self
+
     @model_validator(mode="after")
     def _seeds_in_range(self) -> Request:
         if self.seed is not None and self.seed + self.num_images - 1 > MAX_SEED:
@@ -233,6 +337,10 @@ class Request(BaseModel):
             raise ValueError("the request has no seed yet; call resolved(preset) first")
         seeds = range(self.seed, self.seed + self.num_images)
         return [self.model_copy(update={"seed": seed, "num_images": 1}) for seed in seeds]
+
+
+def _typed(numbers: tuple[float, ...]) -> str:
+    return ",".join(f"{number:g}" for number in numbers)
 
 
 def parse(**fields: Any) -> Request:

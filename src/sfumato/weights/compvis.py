@@ -15,10 +15,9 @@ in the other file; and what the parts of a block are called there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -29,6 +28,7 @@ from sfumato.models.layers import Attention
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.models.vq import VQConfig, VQModel
 from sfumato.weights.keymap import KeyMap, Row
+from sfumato.weights.meta import on_meta
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -298,9 +298,3 @@ def translated(name: str, blocks: Mapping[str, str], leaves: Mapping[str, str]) 
             raise ValueError(f"{name} belongs to no block that the original layout has; keep the diffusers layout")
         rest = f"{part}.{rest}" if rest else part
     return ".".join(filter(None, (blocks[block], leaves.get(rest, rest), kind)))
-
-
-def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """The module without memory, for its names."""
-    with torch.device("meta"):
-        return build()

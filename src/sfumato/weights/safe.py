@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 
 from sfumato.files import replacing
 from sfumato.weights.mapped import page_out
+from sfumato.weights.meta import Module, on_meta
 from sfumato.weights.source import Info, Weights, open_weights
 
-Module = TypeVar("Module", bound=nn.Module)
 ROWS = 8  # names listed in an error before "and n more"
 
 
@@ -64,8 +63,7 @@ def load_module(
     ignored: names that old files carry and no module needs; check: see `fill`.
     Raises what `open_weights` and `fill` raise.
     """
-    with torch.device("meta"):
-        module = build()
+    module = on_meta(build)
     with open_weights(path) as file:
         weights = file.to(dtype, device)
         infos = {name: info for name, info in weights.infos.items() if name not in ignored}

@@ -48,6 +48,7 @@ from sfumato.weights.detect import (
     spells,
 )
 from sfumato.weights.keymap import LazyTensors, listed
+from sfumato.weights.meta import on_meta
 from sfumato.weights.parts import NETWORKS, HasComponents, Tokenizer, preset_of
 from sfumato.weights.safe import fill, write_tensors
 from sfumato.weights.source import Weights, open_weights
@@ -239,7 +240,7 @@ def read_part(
         table = table.renamed(compvis.ema_name)
         names = [name for name in table.theirs if name in weights.infos]
     lazily = LazyTensors({name: partial(weights.__getitem__, name) for name in names})
-    network = compvis.on_meta(partial(NETWORKS[type(config)], config))
+    network = on_meta(partial(NETWORKS[type(config)], config))
     fill(network, table.loading(lazily, source), source, check=weights.converts)
     return network.eval()
 

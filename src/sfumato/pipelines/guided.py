@@ -1,0 +1,106 @@
+"""A request's guidance: what is made of prompt and negative prompt, and what stands around it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import cast
+
+from sfumato.cond import Cond
+from sfumato.diffusion.around import PAG, Limited, Rescale, Within, levels_of, thresholded
+from sfumato.diffusion.guidance import APG, CFG, CFGPP, Guidance, InstructCFG, Plain, Turns
+from sfumato.diffusion.named import DDIMScheduler
+from sfumato.diffusion.path import Point
+from sfumato.diffusion.samplers import get_sampler
+from sfumato.diffusion.scheduler import Scheduler
+from sfumato.diffusion.table import ZERO_SNR, TableScheduler
+from sfumato.models.autoencoder import AutoencoderConfig
+from sfumato.models.perturb import IDENTITY, self_attentions
+from sfumato.models.unet import UNet
+from sfumato.models.vq import VQConfig
+from sfumato.pipelines.request import Request
+from sfumato.presets import Preset
+
+# Pipelines in which diffusers takes clip_sample for a slip in old folders: latents are larger than 1.
+CLIPS_BY_MISTAKE = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+Sides = Plain | CFG | CFGPP | APG | InstructCFG
+log = logging.getLogger(__name__)
+
+
+def sides(request: Request, cond: Cond | Turns, uncond: Cond | Turns) -> Sides:
+    """What is made of the answers to the prompt and to the negative prompt."""
+    scale = cast(float, request.guidance_scale)
+    if request.cfg_pp is not None:
+        return CFGPP(cond, uncond, request.cfg_pp)
+    if request.apg is not None:
+        return APG(cond, uncond, scale, *request.apg)
+    return CFG(cond, uncond, scale)
+
+
+def surrounded(inner: Sides, request: Request, scheduler: Scheduler, preset: Preset, grid: Sequence[Point]) -> Guidance:
+    """The guidance with all that a request and the model's scheduler put around it; grid: the points of the run."""
+    guidance: Guidance = inner
+    if request.pag_scale:
+        guidance = PAG(guidance, inner.cond, request.pag_scale, f"{IDENTITY}:{','.join(request.pag_layers)}")
+    if request.guidance_rescale:
+        guidance = Rescale(guidance, request.guidance_rescale, scheduler.rule)
+    if request.guidance_interval is not None and not isinstance(guidance, Plain):
+        guidance = Within(guidance, Plain(inner.cond), levels_of(grid, request.guidance_interval))
+    keeps_eps = get_sampler(cast(str, request.sampler)).name == "ddim"  # as its scheduler does
+    if request.dynamic_threshold is not None:
+        quantile, limit = (*request.dynamic_threshold, 1.0)[:2]
+        return Limited(guidance, partial(thresholded, quantile=quantile, limit=limit), keeps_eps)
+    bounded = limiting(scheduler, preset)
+    return guidance if bounded is None else Limited(guidance, bounded.limit, keeps_eps)
+
+
+def limiting(scheduler: Scheduler, preset: Preset) -> Scheduler | None:
+    """The scheduler that says how clean pictures are limited; None where it does not limit them."""
+    clips, thresholds = (bool(getattr(scheduler, name, False)) for name in ("clip_sample", "thresholding"))
+    if clips and not thresholds and preset.pipeline in CLIPS_BY_MISTAKE:
+        log.warning("clip_sample = true in the scheduler is for pixels and is not applied to this model's latents")
+        return None
+    return scheduler if clips or thresholds else None
+
+
+def scheduled(request: Request, scheduler: Scheduler) -> Scheduler:
+    """The model's scheduler with the request's rescale_betas_zero_snr; see Lin et al. 2023, algorithm 1.
+
+    Raises ValueError for a network that predicts noise, which says nothing at zero SNR, and for other paths.
+    """
+    wanted = request.rescale_betas_zero_snr
+    if wanted is None or getattr(scheduler, ZERO_SNR, False) == wanted:
+        return scheduler
+    if not isinstance(scheduler, TableScheduler):
+        raise ValueError(f"{ZERO_SNR} = true is for schedulers with betas; {type(scheduler).__name__} has none")
+    if wanted and scheduler.prediction == "epsilon":
+        raise ValueError(
+            f"{ZERO_SNR} = true, but this network predicts 'epsilon', which says nothing of a picture at zero SNR; "
+            "take a model that predicts 'v_prediction', or leave it out"
+        )
+    kind = type(scheduler) if ZERO_SNR in scheduler.option_names() else DDIMScheduler
+    return kind.from_config(scheduler.config, rescale_betas_zero_snr=wanted)
+
+
+def check_guidance(request: Request, preset: Preset, unet: UNet, grid: Sequence[Point]) -> None:
+    """ValueError where what a settled request says of guidance does not fit the model; grid: the points of the run."""
+    task, name = preset.task, f"{preset.title} ({preset.pipeline})"
+    for field in ("cfg_pp", "apg"):
+        if getattr(request, field) is not None and (preset.text is None or task == "instruct"):
+            why = "has no prompt" if preset.text is None else "is guided by an image as well"
+            raise ValueError(f"{field} leads from the negative prompt to the prompt, but {name} {why}; leave it out")
+    first_only = [field for field in ("pag_scale", "guidance_rescale") if getattr(request, field)]
+    if task == "instruct" and request.guidance_scale == 0 and first_only:
+        raise ValueError(f"{first_only[0]} needs what the network says to the prompt; give a guidance_scale above 0")
+    threshold = request.dynamic_threshold
+    if threshold is not None and len(threshold) == 1 and isinstance(preset.vae, AutoencoderConfig | VQConfig):
+        raise ValueError(
+            f"dynamic_threshold = {threshold[0]:g} is for pixels from -1 to 1, and {name} makes latents; "
+            f"give their range as well, e.g. {threshold[0]:g},4"
+        )
+    if request.pag_scale:
+        for layer in request.pag_layers:
+            self_attentions(unet, layer)
+    if request.guidance_interval is not None:
+        levels_of(grid, request.guidance_interval)
