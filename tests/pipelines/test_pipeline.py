@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import sfumato
-from sfumato.diffusion.named import DDIMScheduler, EulerDiscreteScheduler
+from sfumato.diffusion.named import EulerDiscreteScheduler
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.pipelines.pipeline import Pipeline, Progress
 from sfumato.pipelines.request import Request, parse
