@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cond import Cond
-from .guidance import Guidance, Query, anchor_of
+from .guidance import Guidance, Query, anchor_of, needs_gradients
 from .path import Point
 from .prediction import Prediction, get_prediction
 from .samplers import Noise, Sampler, Steps, evaluations
@@ -82,7 +82,9 @@ class Run:
 
     def advance(self, answers: Sequence[Tensor]) -> None:
         """Take the answers (as clean pictures) to this turn's questions and go on to the next point."""
-        self.x0 = self.guidance.combine(self.x, self.point, answers)
+        with torch.set_grad_enabled(needs_gradients(self.guidance)):
+            self.x0 = self.guidance.combine(self.x, self.point, answers)
+        self.x, self.x0 = self.x.detach(), self.x0.detach()
         anchor = anchor_of(self.guidance, self.x, self.point, answers)
         x = self.x if anchor is None else self.x + self.point.alpha * (self.x0 - anchor)
         self.done += 1
@@ -118,7 +120,9 @@ class Driver:
     def turn(self) -> list[Run]:
         """Evaluate what every active run wants, once; returns the runs advanced, ended ones included."""
         runs = list(self.active)
-        queries = [(run, query) for run in runs for query in run.guidance.ask(run.x, run.point)]
+        alone = [run for run in runs if needs_gradients(run.guidance)]
+        shared = [run for run in runs if run not in alone]
+        queries = [(run, query) for run in shared for query in run.guidance.ask(run.x, run.point)]
         groups: dict[object, list[int]] = {}
         for i, (_, query) in enumerate(queries):
             x = query.x
@@ -130,10 +134,19 @@ class Driver:
             for i, out in zip(members, outs, strict=True):
                 run, query = queries[i]
                 clean[i] = run.rule.x0(query.x, out, query.point)
-        for run in runs:
+        for run in shared:
             run.advance([clean[i] for i, (owner, _) in enumerate(queries) if owner is run])
+        for run in alone:
+            run.advance(self._traced(run))
         self.active = [run for run in self.active if run.result is None]
         return runs
+
+    @torch.enable_grad()
+    def _traced(self, run: Run) -> list[Tensor]:
+        """The clean pictures that answer one run's questions, with the way back to its x for gradients."""
+        run.x = run.x.detach().requires_grad_()
+        queries = run.guidance.ask(run.x, run.point)
+        return [run.rule.x0(query.x, self._call([(run, query)])[0], query.point) for query in queries]
 
     def _call(self, asked: Sequence[tuple[Run, Query]]) -> list[Tensor]:
         """One network call for questions of one shape; an output for each."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -86,6 +86,21 @@ class Anchored(Protocol):
         sampler needs no variant of itself.
         """
         ...
+
+
+@runtime_checkable
+class Differentiating(Protocol):
+    """A guidance whose `combine` follows gradients from the answers back to x; its runs share no network calls.
+
+    The driver hands it an x that requires gradients and answers that were computed from it.
+    """
+
+    gradients: ClassVar[bool]
+
+
+def needs_gradients(guidance: Guidance) -> bool:
+    """Whether a guidance says that it follows gradients."""
+    return isinstance(guidance, Differentiating) and guidance.gradients
 
 
 def anchor_of(guidance: Guidance, x: Tensor, point: Point, answers: Sequence[Tensor]) -> Tensor | None:
