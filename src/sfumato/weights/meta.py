@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Module = TypeVar("Module", bound=nn.Module)
+INITIALISERS = ("normal_", "uniform_", "constant_", "kaiming_uniform_", "ones_", "zeros_")
 # Initialisers, and what they call on a parameter. Those of torch.nn.init come first by themselves, as functions.
 DRAWING = frozenset(
     [
