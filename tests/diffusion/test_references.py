@@ -12,8 +12,8 @@ from torch import Tensor
 from sfumato.diffusion import Scheduler
 
 REFS = json.loads((Path(__file__).parent.parent / "data" / "scheduler_refs.json").read_text(encoding="utf-8"))
-# dpm_sde: its sums follow from another package's random numbers; the others have no class here.
-MISSING = {"dpm_sde", "dpm_multi_inverse", "ipndm"}
+# dpm_sde: its sums follow from another package's random numbers; ipndm: no class here.
+MISSING = {"dpm_sde", "ipndm"}
 CASES = [(name, test) for name, entry in REFS["schedulers"].items() if name not in MISSING for test in entry["tests"]]
 # Between these and back, the result of the last conversion must be that of the first scheduler.
 SIBLINGS = (

@@ -18,6 +18,7 @@ from .named import (
 from .named_distilled import DDIMInverseScheduler, EDMEulerScheduler, LCMScheduler, TCDScheduler
 from .named_solvers import (
     DEISMultistepScheduler,
+    DPMSolverMultistepInverseScheduler,
     DPMSolverSDEScheduler,
     DPMSolverSinglestepScheduler,
     KDPM2AncestralDiscreteScheduler,
@@ -40,6 +41,7 @@ __all__ = [
     "DDIMScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",

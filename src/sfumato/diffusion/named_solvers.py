@@ -289,3 +289,53 @@ class UniPCMultistepScheduler(SolverScheduler):
         variant, lower = self.solver_type, self.lower_order_final
         run = partial(self.entry.run, solver_order=self.solver_order, variant=variant, lower_order_final=lower)
         return Plan(run, [*points, END if self.final_sigmas_type == "zero" else self.end(points)])
+
+
+@dataclass(eq=False)
+class DPMSolverMultistepInverseScheduler(SolverScheduler):
+    """DPM-Solver++ (Lu et al. 2022) backwards: timesteps rise, and the result is the noise of the sample."""
+
+    algorithm_type: str = "dpmsolver++"
+    solver_type: str = "midpoint"
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    use_flow_sigmas: bool = False
+    flow_shift: float = 1.0
+    lambda_min_clipped: float | str = -math.inf
+    variance_type: str | None = None
+    timestep_spacing: str = "linspace"
+    steps_offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.algorithm_type == "deis":
+            self.algorithm_type = "dpmsolver++"
+        if self.solver_type in ("logrho", "bh1", "bh2"):
+            self.solver_type = "midpoint"
+        self.lambda_min_clipped = float(self.lambda_min_clipped)
+        self.allow("solver_order", 1, 2)
+        self.allow("prediction_type", "epsilon", "sample", "v_prediction")
+        self.allow("algorithm_type", "dpmsolver++")
+        self.allow("solver_type", "midpoint", "heun")
+        self.allow("lambda_min_clipped", -math.inf)
+        self.allow("variance_type", None)
+        self.allow("use_flow_sigmas", False)
+        sampler = "ddim" if self.solver_order == 1 else "dpmpp_2m"
+        self.settle(sampler, self.prediction_type, self.timestep_spacing, self.steps_offset, straight=True)
+
+    def whole_indices(self, steps: int) -> list[float]:
+        """But for "trailing", those of one step more without the first, where sampling backwards ends."""
+        if self.spacing == "trailing" or steps == self.num_train_timesteps:
+            return TableScheduler.whole_indices(self, steps)
+        return TableScheduler.whole_indices(self, steps + 1)[1:]
+
+    def own_plan(self, steps: int, given: Sequence[Point] = ()) -> Plan:
+        """From the least noise to the last row of the table, or to the highest level of a curve."""
+        points = self.points(steps, given)[::-1]
+        end = points[-1] if self.curve() else self.path.point(self.num_train_timesteps - 1)
+        if self.solver_order == 1:
+            return Plan(self.entry.run, [*points, end])
+        euler = self.euler_at_final or (self.lower_order_final and steps < 15)
+        return Plan(partial(self.entry.run, rule=self.solver_type, euler_at_final=euler), [*points, end])

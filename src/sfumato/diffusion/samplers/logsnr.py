@@ -26,7 +26,7 @@ def extrapolated(
     points: before, here, next. h: the step in log-SNR, times 1 + eta when noise is added.
     """
     before, a, b = points
-    if old is None or math.isinf(h) or h <= 0:  # a schedule may end in the same place twice
+    if old is None or math.isinf(h) or abs(h) < 1e-9:  # a schedule may end in the same place twice
         return x0
     last = a.log_snr - before.log_snr  # infinite after a step from pure noise, which extrapolates nothing
     weight = 0.5 if rule == "midpoint" else -1 / math.expm1(-h) - 1 / h

@@ -146,7 +146,7 @@ def dpmpp_3m_sde(x: Tensor, grid: Sequence[Point], noise: Noise, eta: float = 1.
         x, x0 = yield x, a
         h = b.log_snr - a.log_snr
         bent = x0
-        if past and not math.isinf(h) and h > 0:
+        if past and not math.isinf(h) and h > 1e-9:
             bent = x0 + parabola((a, x0), past, h, (1 + eta) * h)
         down = replace(b, sigma=b.sigma * math.exp(-eta * h) if eta > 0 else b.sigma)
         up = math.sqrt(max(b.sigma**2 - down.sigma**2, 0.0))
