@@ -266,9 +266,9 @@ def test_zero_snr_begins_at_pure_noise(tiny_pipe: Pipeline) -> None:
     told = parse(prompt=PROMPT, rescale_betas_zero_snr=True, spacing="leading")
     assert tiny_pipe.resolve(told)[0].spacing == "leading"
     for sampler in SAMPLERS:
-        plan = tiny_pipe._plan(tiny_pipe.resolve(parse(prompt=PROMPT, rescale_betas_zero_snr=True, sampler=sampler))[0])
+        plan = tiny_pipe.plan(tiny_pipe.resolve(parse(prompt=PROMPT, rescale_betas_zero_snr=True, sampler=sampler))[0])
         assert plan.grid[0].alpha < 1e-3, (sampler, plan.grid[0])
-        plain = tiny_pipe._plan(tiny_pipe.resolve(parse(prompt=PROMPT, sampler=sampler))[0])
+        plain = tiny_pipe.plan(tiny_pipe.resolve(parse(prompt=PROMPT, sampler=sampler))[0])
         assert plain.grid[0].alpha > 1e-3
 
 

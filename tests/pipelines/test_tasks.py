@@ -87,7 +87,8 @@ def test_bfloat16_is_near_float32(pipe_for: Make, parts_for: Callable[[str], Com
 @pytest.mark.parametrize(
     ("task", "fields", "message"),
     [
-        ("text", {"mask": half_mask()}, "has no use for mask; of its kind it takes: .*image, strength"),
+        ("text", {"depth": half_mask()}, "has no use for depth; of its kind it takes: .*image, mask, strength"),
+        ("text", {"mask": half_mask()}, "mask = <picture in memory, .*> says where to repaint an image; give an image"),
         ("text", {"noise_level": 3}, "has no use for noise_level"),
         ("text", {"strength": 0.5}, "strength = 0.5 says how far to leave an image; give an image as well"),
         ("text", {"image": drawn(), "strength": 0.3}, "strength = 0.3 of 3 steps leaves none; give at least 0.3333"),
@@ -102,7 +103,7 @@ def test_bfloat16_is_near_float32(pipe_for: Make, parts_for: Callable[[str], Com
         ("inpaint", {"image": drawn()}, "needs mask; give a picture"),
         ("inpaint", {}, "needs image and mask; give a picture"),
         ("inpaint", {"image": drawn(), "mask": half_mask(16)}, "the mask has 16x32 pixels and the image 32x32"),
-        ("depth", {"image": drawn()}, "needs depth; depth is not estimated from the image"),
+        ("depth", {"image": drawn()}, "needs depth, as it came without an estimator of it; give a picture"),
         ("depth", {"image": drawn(), "depth": half_mask(), "mask": half_mask()}, "has no use for mask"),
         ("depth", {"image": drawn(), "depth": Image.new("L", (8, 8), 7)}, "depth is 7 everywhere"),
         ("instruct", {"image": drawn(), "strength": 0.5}, "has no use for strength; .*: .*image_guidance_scale"),

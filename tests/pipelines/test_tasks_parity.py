@@ -113,9 +113,45 @@ def test_inpaint(pair: Pair, strength: float, scale: float, size: int) -> None:
     both |= {"width": size, "height": 32}
     compare(
         f"inpaint {strength}",
-        pipe(**both, mask=masked(32, 48), seed=7, sampler="ddim", output_type="pt"),
+        pipe(**both, mask=masked(32, 48), seed=7, sampler="ddim", paste=False, output_type="pt"),
         theirs(**both, mask_image=masked(32, 48), generator=seeded(), output_type="np"),
     )
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "strength", "scale"),
+    [
+        ("ddim", "DDIMScheduler", 1.0, 5.0),
+        ("ddim", "DDIMScheduler", 0.6, 1.0),
+        ("dpmpp_2m", "DPMSolverMultistepScheduler", 0.8, 5.0),
+        ("heun", "HeunDiscreteScheduler", 1.0, 5.0),
+    ],
+)
+def test_inpaint_with_any_model(pair: Pair, sampler: str, scheduler: str, strength: float, scale: float) -> None:
+    pipe, theirs = pair("text", "StableDiffusionInpaintPipeline", scheduler)
+    both = TEXTS | {"guidance_scale": scale, "image": drawn(0, 32, 32), "strength": strength, "height": 32, "width": 32}
+    compare(
+        f"inpaint, 4 channels, {sampler} {strength}",
+        pipe(**both, mask=masked(), seed=7, sampler=sampler, paste=False, output_type="pt"),
+        theirs(**both, mask_image=masked(), generator=seeded(), output_type="np"),
+    )
+
+
+@pytest.mark.parametrize("box", [(20, 24, 52, 56), (40, 8, 64, 16), (0, 40, 24, 64)])
+def test_inpaint_of_a_part(pair: Pair, box: tuple[int, int, int, int]) -> None:
+    """`padding_mask_crop`: cut out, repainted at another size, put back into the whole."""
+    pipe, theirs = pair("text", "StableDiffusionInpaintPipeline")
+    mask = Image.new("L", (64, 72))
+    mask.paste(255, box)
+    image = drawn(0, 64, 72)
+    both = TEXTS | {"guidance_scale": 4.0, "image": image, "strength": 0.8, "height": 32, "width": 32}
+    ours = pipe(**both, mask=mask, only_masked=True, mask_padding=4, mask_blur=0, seed=7, sampler="ddim").images[0]
+    other = theirs(**both, mask_image=mask, padding_mask_crop=4, generator=seeded()).images[0]
+    a, b = (np.asarray(picture).astype(int) for picture in (ours, other))
+    assert a.shape == b.shape == (72, 64, 3)
+    difference, changed = np.abs(a - b).max(), np.abs(a - np.asarray(image).astype(int)).max()
+    print(f"inpaint of a part: largest difference {difference} of 255")
+    assert difference <= 2 and changed > 20
 
 
 @pytest.mark.parametrize("strength", [0.8, 1.0])

@@ -360,9 +360,9 @@ def tiled(net: Callable[[Tensor], Tensor], x: Tensor, tile: int, out_tile: int) 
     return total / weight.to(total)
 
 
-def starts(size: int, tile: int) -> list[int]:
-    """Where the tiles begin along one side; neighbours share at least OVERLAP of a tile."""
-    stride = max(1, tile - round(tile * OVERLAP))
+def starts(size: int, tile: int, overlap: float = OVERLAP) -> list[int]:
+    """Where the tiles begin along one side; neighbours share at least that part of a tile."""
+    stride = max(1, tile - round(tile * overlap))
     return [*range(0, size - tile, stride), size - tile]
 
 

@@ -14,8 +14,9 @@ from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.models.bert import LDMBertConfig
 from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
+from sfumato.pipelines.fields import MAX_SIDE, stand_in
 from sfumato.pipelines.inputs import open_picture
-from sfumato.pipelines.request import MAX_SIDE, Request, stand_in
+from sfumato.pipelines.request import Request
 from sfumato.presets import Preset, Task
 
 PICTURES = ("image", "mask", "depth")
@@ -192,12 +193,12 @@ def check(request: Request, preset: Preset) -> None:
     if request.hires_scale is not None:
         if request.mask is not None or request.outpaint is not None:
             part = "mask" if request.mask is not None else "outpaint"
-            raise ValueError(f"hires_scale enlarges the whole picture and {part} repaints a part; leave one of them out")
+            raise ValueError(f"hires_scale enlarges the whole picture, {part} repaints a part; leave one of them out")
         for name in ("width", "height"):
             side = round(getattr(request, name) * request.hires_scale)
             if side > MAX_SIDE:
                 raise ValueError(
-                    f"hires_scale = {request.hires_scale:g} makes a {name} of {side}, which is to be at most {MAX_SIDE}; "
+                    f"hires_scale = {request.hires_scale:g} makes a {name} of {side}, at most {MAX_SIDE} are made; "
                     f"give at most {MAX_SIDE / getattr(request, name):.4g}"
                 )
     if request.tile is not None and (request.tile % preset.vae.factor or request.tile < 8 * preset.vae.factor):

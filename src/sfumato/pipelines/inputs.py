@@ -6,6 +6,7 @@ A tensor is taken for a picture that somebody has prepared already, and returned
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +16,47 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sfumato.images import to_tensor
-from sfumato.pipelines.request import MEMORY
+from sfumato.pipelines.fields import MEMORY
+
+MAX_GIVEN_SIDE = 8192
 
 
 def open_picture(given: str | Image.Image, name: str) -> Image.Image:
     """A picture upright, from a path or from memory; name: the request's field, for errors.
 
-    Raises FileNotFoundError, or ValueError for what is no picture, is damaged, or is a recipe's stand-in.
+    Raises FileNotFoundError, or ValueError for what is no picture, is empty, damaged, or too large to be unpacked, or
+    is a recipe's stand-in.
     """
     if isinstance(given, Image.Image):
+        check_extent(given, name)
         return ImageOps.exif_transpose(given)
     if given.startswith(MEMORY):
         raise ValueError(f"{name} was {given} when the recipe was made; give that picture again as {name}")
     if not Path(given).is_file():
         raise FileNotFoundError(f"{name}: no picture {given}")
+    if not Path(given).stat().st_size:
+        raise ValueError(f"{name}: {given} is empty, 0 bytes long; give a picture")
     try:
-        with Image.open(given) as image:
+        with warnings.catch_warnings(), Image.open(given) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # said below, and in pixels
+            check_extent(image, f"{name}: {given}")
             image.load()
             return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise ValueError(f"{name}: {given} is not a picture") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: PIL's word for a broken PNG
         raise ValueError(f"{name}: {given} cannot be read: {error}") from None
+
+
+def check_extent(image: Image.Image, name: str) -> None:
+    """ValueError for a picture without pixels, or with more than anybody wants unpacked; before it is."""
+    if min(image.size) < 1:
+        raise ValueError(f"{name} has {image.width}x{image.height} pixels, which is nothing; give a picture")
+    if max(image.size) > MAX_GIVEN_SIDE:
+        raise ValueError(
+            f"{name} has {image.width}x{image.height} pixels; at most {MAX_GIVEN_SIDE} a side are taken, "
+            "so make it smaller first"
+        )
 
 
 def picture(image: Image.Image | Tensor, width: int, height: int) -> Tensor:
@@ -48,10 +68,15 @@ def picture(image: Image.Image | Tensor, width: int, height: int) -> Tensor:
 
 def repaint_mask(image: Image.Image | Tensor, width: int, height: int) -> Tensor:
     """1 where a mask is bright and the picture is to be repainted, 0 where it is kept: (1, 1, H, W)."""
+    return image if isinstance(image, Tensor) else (soft_mask(image, width, height) > 0.5).float()
+
+
+def soft_mask(image: Image.Image | Tensor, width: int, height: int) -> Tensor:
+    """How far each pixel of a picture is to be repainted, from 0 to 1: (1, 1, H, W)."""
     if isinstance(image, Tensor):
         return image
-    levels = np.array(resized(image.convert("L"), width, height))  # (H, W)
-    return torch.from_numpy((levels > 127).astype(np.float32))[None, None]
+    levels = np.array(resized(image.convert("L"), width, height), dtype=np.float32)  # (H, W)
+    return torch.from_numpy(levels / 255)[None, None]
 
 
 def depth_map(image: Image.Image | Tensor, width: int, height: int) -> Tensor:

@@ -5,10 +5,11 @@ B pictures in a network call, C channels, h w latent height and width, H W pictu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
@@ -16,19 +17,18 @@ from torch import Tensor, nn
 
 from sfumato import __version__
 from sfumato.cond import Cond
-from sfumato.diffusion.drive import Run, drive
-from sfumato.diffusion.samplers import evaluations
 from sfumato.diffusion.scheduler import Plan, Scheduler
 from sfumato.images import to_pil
 from sfumato.models.depth import DepthEstimator
 from sfumato.models.perturb import perturbed
 from sfumato.models.unet import UNet
-from sfumato.pipelines.check import PICTURES, check, settled
-from sfumato.pipelines.conditions import Outfit, Wardrobe, batches, outfit
-from sfumato.pipelines.guided import check_guidance, scheduled, surrounded
-from sfumato.pipelines.inputs import open_picture
+from sfumato.pipelines.check import check, settled
+from sfumato.pipelines.conditions import Outfit, Wardrobe, outfit
+from sfumato.pipelines.guided import check_guidance, scheduled
+from sfumato.pipelines.making import Callback, Progress, frame_of, latents, picture
+from sfumato.pipelines.memory import in_tiles_if_need_be
 from sfumato.pipelines.request import Request, parse
-from sfumato.pipelines.start import STARTS, Setting, Start, skipped
+from sfumato.pipelines.start import remaining
 from sfumato.presets import Preset
 from sfumato.runtime import Runtime, as_it_is, choose
 from sfumato.weights.folder import save_folder
@@ -39,23 +39,16 @@ from sfumato.weights.safe import blame, is_finite, lay_out
 
 OutputType = Literal["pil", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "pt", "latent")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Told to a callback after each evaluation of each picture.
-
-    image: number of the picture in this call; done, total: its evaluations.
-    x0:    the clean latent (1, C, h, w) foreseen.
-    """
-
-    image: int
-    done: int
-    total: int
-    x0: Tensor
-
-
-Callback = Callable[[Progress], bool | None]
+__all__ = [
+    "OUTPUT_TYPES",
+    "Callback",
+    "OutputType",
+    "Pipeline",
+    "PipelineOutput",
+    "Progress",
+    "StableDiffusionPipeline",
+    "load",
+]
 
 
 @dataclass(frozen=True)
@@ -156,9 +149,9 @@ class Pipeline:
         """
         embeddings = (*self.embeddings, str(find_file("embedding", str(path))))
         try:
-            self._dressing().wear(Outfit(embeddings=embeddings))
+            self.dressing().wear(Outfit(embeddings=embeddings))
         finally:
-            self._dressing().undress()
+            self.dressing().undress()
         self.embeddings = embeddings
 
     def made_with(self) -> dict[str, str]:
@@ -204,6 +197,13 @@ class Pipeline:
         mask: str | Path | Image.Image | None = None,
         depth: str | Path | Image.Image | None = None,
         strength: float | None = None,
+        soft_mask: bool | None = None,
+        mask_blur: float | None = None,
+        masked_content: str | None = None,
+        only_masked: bool | None = None,
+        mask_padding: int | None = None,
+        outpaint: int | Sequence[int] | None = None,
+        paste: bool | None = None,
         image_guidance_scale: float | None = None,
         noise_level: int | None = None,
         height: int | None = None,
@@ -219,9 +219,16 @@ class Pipeline:
         dynamic_threshold: float | Sequence[float] | None = None,
         rescale_betas_zero_snr: bool | None = None,
         seed: int | None = None,
+        variation_seed: int | None = None,
+        variation_strength: float | None = None,
         sampler: str | None = None,
         spacing: str | None = None,
         eta: float | None = None,
+        hires_scale: float | None = None,
+        hires_strength: float | None = None,
+        hires_upscaler: str | None = None,
+        tile: int | None = None,
+        prompt_matrix: bool = False,
         prompt_rule: str | None = None,
         clip_skip: int | None = None,
         embeddings: Sequence[str] = (),
@@ -234,40 +241,11 @@ class Pipeline:
         Picture i of a prompt has seed + i and does not depend on the others.
         Raises ValueError for a value that is not allowed, naming what is.
         """
+        options: dict[str, Any] = dict(locals())  # the arguments, and nothing else yet
+        options["num_images"] = options.pop("num_images_per_prompt")
+        options = {name: value for name, value in options.items() if name in Request.model_fields}
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        requests = [
-            parse(
-                prompt=text,
-                negative_prompt=negative_prompt,
-                image=image,
-                mask=mask,
-                depth=depth,
-                strength=strength,
-                image_guidance_scale=image_guidance_scale,
-                noise_level=noise_level,
-                height=height,
-                width=width,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                guidance_rescale=guidance_rescale,
-                guidance_interval=guidance_interval,
-                cfg_pp=cfg_pp,
-                apg=apg,
-                pag_scale=pag_scale,
-                pag_layers=pag_layers,
-                dynamic_threshold=dynamic_threshold,
-                rescale_betas_zero_snr=rescale_betas_zero_snr,
-                seed=seed,
-                sampler=sampler,
-                spacing=spacing,
-                eta=eta,
-                prompt_rule=prompt_rule,
-                clip_skip=clip_skip,
-                embeddings=tuple(embeddings),
-                num_images=num_images_per_prompt,
-            )
-            for text in prompts
-        ]
+        requests = [parse(**{**options, "prompt": text}) for text in prompts]
         return self.generate(requests, output_type=output_type, callback=callback)
 
     def generate(
@@ -287,23 +265,23 @@ class Pipeline:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
         singles = self.resolve(requests)
-        done = list(self._latents(singles, noise, callback))
+        done = list(latents(self, singles, noise, callback))
         kept = [request for request, _ in done]
         if not done:
             return PipelineOutput([], kept)
         if output_type == "latent":
-            return PipelineOutput(torch.cat([z for _, z in done]), kept)
-        pictures = [self.decode(z) for _, z in done]
+            return PipelineOutput(joined([z for _, z in done]), kept)
+        pictures = [picture(self, request, z) for request, z in done]
         if output_type == "pt":
-            return PipelineOutput(torch.cat([(x / 2 + 0.5).clamp(0, 1) for x in pictures]), kept)
+            return PipelineOutput(joined([(x / 2 + 0.5).clamp(0, 1) for x in pictures]), kept)
         return PipelineOutput([image for x in pictures for image in to_pil(x)], kept)
 
     def stream(
         self, requests: Request | Sequence[Request], callback: Callback | None = None
     ) -> Iterator[tuple[Request, Image.Image]]:
         """The pictures of some requests one by one, each given out as soon as its group is done."""
-        for request, z in self._latents(self.resolve(requests), None, callback):
-            yield request, to_pil(self.decode(z))[0]
+        for request, z in latents(self, self.resolve(requests), None, callback):
+            yield request, to_pil(picture(self, request, z))[0]
 
     def resolve(self, requests: Request | Sequence[Request]) -> list[Request]:
         """One complete request a picture: preferences filled in, this model named, checked against it.
@@ -322,9 +300,10 @@ class Pipeline:
 
         Raises ValueError where numbers are not finite, naming the weights or the precision to blame.
         """
-        self._lay_out()
+        self.lay_out()
         z = z.to(self.runtime.device, self.runtime.dtype)
-        x = torch.cat([self.vae.to_pixels(row[None]).float() for row in z])
+        rows = (in_tiles_if_need_be(self.vae, partial(self.vae.to_pixels, row[None])) for row in z)
+        x = torch.cat([row.float() for row in rows])
         if not is_finite(x):
             raise blame("autoencoder", {"autoencoder": self.vae})
         return x
@@ -341,44 +320,27 @@ class Pipeline:
     def _resolved(self, request: Request) -> Request:
         known = (*self.embeddings, *(name for name in request.embeddings if name not in self.embeddings))
         named = request.model_copy(update={**self.source, "embeddings": known})
-        request = settled(named, self.preset)
+        request = settled(named, self.preset, self.depth_estimator is not None)
         check(request, self.preset)
         outfit(request).locate()
-        grid = self._plan(request).grid
-        first = 0 if request.strength is None else skipped(len(grid) - 1, request.strength)
-        check_guidance(request, self.preset, self.unet, grid[first:])
+        plan = self.plan(request)
+        grid = plan.grid if request.strength is None else remaining(plan, request.strength)[1]
+        check_guidance(request, self.preset, self.unet, grid)
+        if request.hires_strength is not None:
+            remaining(plan, request.hires_strength)
+        frame_of(request, self.factor)
         return request
-
-    def _latents(
-        self, singles: Sequence[Request], noise: Tensor | None, callback: Callback | None
-    ) -> Iterator[tuple[Request, Tensor]]:
-        """Each picture's request and final latent (1, C, h, w), group by group."""
-        most = self.batch or (1 if self.runtime.device.type == "cpu" else 8)
-        self._lay_out()
-        try:
-            for first, wanted, some in batches(singles, most):
-                self._dressing().wear(wanted)
-                runs = [
-                    self._run(request, None if noise is None else noise[first + i : first + i + 1])
-                    for i, request in enumerate(some)
-                ]
-                drive(runs, self.net, None if callback is None else _reporter(runs, first, callback))
-                for request, run in zip(some, runs, strict=True):
-                    if run.result is not None:
-                        yield request, run.result
-        finally:
-            self._dressing().undress()
 
     def _networks(self) -> dict[str, nn.Module | None]:
         return {"text encoder": self.text_encoder, "autoencoder": self.vae, "U-Net": self.unet}
 
-    def _lay_out(self) -> None:
+    def lay_out(self) -> None:
         """Bring weights into the runtime's layout; not before the first use, so that opening a model copies nothing."""
         if self.runtime.channels_last:
             lay_out(self.unet)
             lay_out(self.vae)
 
-    def _dressing(self) -> Wardrobe:
+    def dressing(self) -> Wardrobe:
         """The networks as they are now, with what they wear."""
         parts = self.unet, self.text_encoder, self.tokenizer
         if any(now is not then for now, then in zip(parts, self._wardrobe.parts, strict=True)):
@@ -386,46 +348,8 @@ class Pipeline:
             self._wardrobe = Wardrobe(*parts)
         return self._wardrobe
 
-    def _run(self, request: Request, eps: Tensor | None) -> Run:
-        """One picture's coroutine with its guidance, ready to be driven."""
-        # Seeded noise is drawn on the CPU in float32, so that it is the same on every device.
-        generator = torch.Generator().manual_seed(cast(int, request.seed))
-        start = self._start(request, generator, eps)
-
-        def fresh(x: Tensor) -> Tensor:
-            return torch.randn(x.shape, generator=generator).to(x.device)
-
-        inner = self._dressing().guidance(request, self.preset.task, start)
-        return Run(
-            start.sampler(start.x, start.grid, fresh),
-            surrounded(inner, request, self.scheduler, self.preset, start.grid),
-            self.scheduler.prediction,
-            len(evaluations(start.sampler, start.grid)),
-        )
-
-    @torch.no_grad()
-    def _start(self, request: Request, generator: torch.Generator, eps: Tensor | None) -> Start:
-        height, width = (cast(int, side) // self.factor for side in (request.height, request.width))
-        shape = (1, self.unet.config.out_channels, height, width)
-        if eps is not None and eps.shape != shape:
-            raise ValueError(f"noise of shape {tuple(eps.shape)} for one picture; this request needs {shape}")
-        pictures = {name: getattr(request, name) for name in PICTURES}
-        setting = Setting(
-            plan=self._plan(request),
-            shape=shape,
-            generator=generator,
-            vae=self.vae,
-            device=self.runtime.device,
-            dtype=self.runtime.dtype,
-            eps=None if eps is None else eps.float(),
-            images={name: open_picture(given, name) for name, given in pictures.items() if given is not None},
-            strength=1.0 if request.strength is None else request.strength,
-            noise_level=request.noise_level or 0,
-            low_res_scheduler=self.low_res_scheduler,
-        )
-        return STARTS[self.preset.task](setting)
-
-    def _plan(self, request: Request) -> Plan:
+    def plan(self, request: Request) -> Plan:
+        """Sampler and points of a resolved request, from noise to data."""
         options = None if request.eta is None else {"eta": request.eta}
         steps = cast(int, request.num_inference_steps)
         return scheduled(request, self.scheduler).plan(steps, request.sampler, request.spacing, options)
@@ -452,12 +376,9 @@ def load(
     return Pipeline.from_pretrained(model, precision, device, batch, vae, base, prediction)
 
 
-def _reporter(runs: Sequence[Run], first: int, callback: Callback) -> Callable[[Run], bool | None]:
-    """A driver's callback that tells the caller's which picture it is about."""
-    numbers = {id(run): first + i for i, run in enumerate(runs)}
-
-    def report(run: Run) -> bool | None:
-        assert run.x0 is not None
-        return callback(Progress(numbers[id(run)], run.done, run.total, run.x0))
-
-    return report
+def joined(rows: Sequence[Tensor]) -> Tensor:
+    """Pictures or latents of one size in one tensor; ValueError where they differ."""
+    sizes = {tuple(row.shape[2:]) for row in rows}
+    if len(sizes) > 1:
+        raise ValueError(f"pictures of the sizes {sorted(sizes)} are no tensor; take output_type='pil', or one size")
+    return torch.cat(list(rows))

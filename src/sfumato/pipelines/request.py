@@ -7,82 +7,38 @@ fields, so a new option is one new field here. Importing this module does not im
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
-import os
 import random
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from PIL.Image import Image
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     ValidationError,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
+from sfumato.pipelines.fields import (
+    CHOICES,
+    MAX_LETTERS,
+    MAX_NOISE_LEVEL,
+    MAX_SEED,
+    MAX_SIDE,
+    MAX_WORDS,
+    Flag,
+    Given,
+    Listed,
+    Numbers,
+    Picture,
+    WholeNumbers,
+)
+from sfumato.pipelines.matrix import prompts_of
+
 if TYPE_CHECKING:
     from sfumato.presets import Preset
-
-MAX_SEED = 2**63 - 1  # what a torch generator takes and an int64 in JSON holds
-MAX_SIDE = 4096
-MAX_NOISE_LEVEL = 350  # the upscaler saw no more in training
-MEMORY = "<picture in memory, "  # how the recipe's stand-in for a picture without a file begins
-
-
-@dataclass(frozen=True)
-class Flag:
-    """The command-line names of a field, of which `--field-name` is always one, and the word for its value."""
-
-    names: tuple[str, ...] = ()
-    value: str | None = None
-
-
-def stand_in(image: Image) -> str:
-    """What a recipe says of a picture that was given in memory: enough to recognise it by."""
-    digest = hashlib.sha256(image.tobytes()).hexdigest()[:12]
-    return f"{MEMORY}{image.width}x{image.height} {image.mode}, sha256 {digest}>"
-
-
-def _path_or_image(given: object) -> object:
-    if isinstance(given, str | os.PathLike) and os.fspath(given):
-        return str(given)
-    if given is None or isinstance(given, Image):
-        return given
-    raise ValueError(f"{given!r} is no picture; give a file's path or a PIL image")
-
-
-def _in_json(given: str | Image) -> str:
-    return stand_in(given) if isinstance(given, Image) else given
-
-
-def _listed(given: object) -> object:
-    if isinstance(given, str):
-        return tuple(name.strip() for name in given.split(",") if name.strip())
-    return given
-
-
-def _numbers(given: object, info: ValidationInfo) -> object:
-    if isinstance(given, str):
-        try:
-            return tuple(float(part) for part in given.split(","))
-        except ValueError:
-            raise ValueError(f"{info.field_name} = {given!r}; give a number, or several parted by commas") from None
-    return (given,) if isinstance(given, int | float) and not isinstance(given, bool) else given
-
-
-Picture = Annotated[
-    str | Image, PlainSerializer(_in_json, return_type=str, when_used="json"), WithJsonSchema({"type": "string"})
-]
-Given = BeforeValidator(_path_or_image)
-Numbers = BeforeValidator(_numbers)
 
 
 class Request(BaseModel):
@@ -115,6 +71,38 @@ class Request(BaseModel):
     strength: Annotated[
         float | None,
         Field(ge=0, le=1, description="How far to leave the image, 1 is all the way (default: by the model)."),
+    ] = None
+    soft_mask: Annotated[
+        bool | None,
+        Field(description="Take the mask's grey levels for how far each pixel is repainted (default: black or white)."),
+    ] = None
+    mask_blur: Annotated[
+        float | None,
+        Field(ge=0, le=64, description="Pixels over which what was repainted fades out around the mask (default: 4)."),
+    ] = None
+    masked_content: Annotated[
+        str | None,
+        Field(description="What is under the mask at first: original, fill, noise or nothing (default: original)."),
+    ] = None
+    only_masked: Annotated[
+        bool | None,
+        Field(description="Cut the masked part out, repaint it at the model's size and put it back (default: no)."),
+    ] = None
+    mask_padding: Annotated[
+        int | None,
+        Field(ge=0, le=1024, description="Pixels around the mask that are cut out with it (default: 32)."),
+    ] = None
+    outpaint: Annotated[
+        tuple[int, ...] | None,
+        WholeNumbers,
+        Field(description="Pixels by which the picture grows at the left, right, top and bottom; one number for all."),
+        Flag(value="L,R,T,B"),
+    ] = None
+    paste: Annotated[
+        bool | None,
+        Field(
+            description="Give back exactly what was not masked, not what the autoencoder makes of it (default: yes)."
+        ),
     ] = None
     image_guidance_scale: Annotated[
         float | None,
@@ -173,7 +161,7 @@ class Request(BaseModel):
     ] = None
     pag_layers: Annotated[
         tuple[str, ...],
-        BeforeValidator(_listed),
+        Listed,
         Field(min_length=1, description="Layers that it perturbs, by parts of their names (default: mid)."),
         Flag(value="NAME,..."),
     ] = ("mid",)
@@ -199,6 +187,14 @@ class Request(BaseModel):
             description="Seed of the first picture; the next is one more (default: random).",
         ),
     ] = None
+    variation_seed: Annotated[
+        int | None,
+        Field(ge=0, le=MAX_SEED, description="Seed of the noise that varies the first picture (default: random)."),
+    ] = None
+    variation_strength: Annotated[
+        float | None,
+        Field(ge=0, le=1, description="How far to go from the noise of seed to that of variation_seed (default: 0)."),
+    ] = None
     sampler: Annotated[str | None, Field(description="Sampler, see `sfumato samplers` (default: the model's).")] = None
     spacing: Annotated[
         str | None, Field(description="How steps are spread over the noise levels (default: the model's).")
@@ -207,6 +203,24 @@ class Request(BaseModel):
         float | None,
         Field(ge=0, le=1, description="Share of fresh noise a step, for samplers that take it (ddim)."),
     ] = None
+    hires_scale: Annotated[
+        float | None,
+        Field(gt=1, le=8, description="Enlarge the picture so many times, and let the model go over it (default: no)."),
+    ] = None
+    hires_strength: Annotated[
+        float | None,
+        Field(ge=0, le=1, description="How far to leave the enlarged picture (default: 0.7 for latent, else 0.4)."),
+    ] = None
+    hires_upscaler: Annotated[
+        str | None, Field(description="How it is enlarged: latent, or lanczos for its pixels (default: lanczos).")
+    ] = None
+    tile: Annotated[
+        int | None,
+        Field(ge=8, le=MAX_SIDE, description="Side of the windows in which large pictures are made (default: whole)."),
+    ] = None
+    prompt_matrix: Annotated[
+        bool, Field(description="Make a picture of each choice among the parts of a prompt, a|b|c (default: no).")
+    ] = False
     prompt_rule: Annotated[
         str | None, Field(description="How (word:1.2) is weighted: a1111, comfy, or none (default: a1111).")
     ] = None
@@ -215,7 +229,7 @@ class Request(BaseModel):
     ] = None
     embeddings: Annotated[
         tuple[str, ...],
-        BeforeValidator(_listed),
+        Listed,
         Field(description="Textual inversions: files or names, parted by commas."),
         Flag(value="FILE,..."),
     ] = ()
@@ -317,10 +331,46 @@ class Request(BaseModel):
             )
         return self
 
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _readable(cls, text: str, info: ValidationInfo) -> str:
+        words = len(text.split())
+        if words > MAX_WORDS or len(text) > MAX_LETTERS:
+            raise ValueError(
+                f"{info.field_name} has {words} words and {len(text)} letters; at most {MAX_WORDS} words and "
+                f"{MAX_LETTERS} letters are read, so say it in fewer"
+            )
+        return text
+
+    @field_validator("outpaint")
+    @classmethod
+    def _four_sides(cls, sides: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        sides = sides * 4 if sides is not None and len(sides) == 1 else sides
+        if sides is not None and not (len(sides) == 4 and min(sides) >= 0 and 0 < max(sides) <= MAX_SIDE):
+            raise ValueError(
+                f"outpaint = {','.join(map(str, sides))}; give one number of pixels, or four for left, right, top and "
+                f"bottom, from 0 to {MAX_SIDE} and not all 0"
+            )
+        return sides
+
+    @field_validator("masked_content", "hires_upscaler")
+    @classmethod
+    def _known_choice(cls, name: str | None, info: ValidationInfo) -> str | None:
+        known = CHOICES[str(info.field_name)]
+        if name is not None and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ";"
+            raise ValueError(f"unknown {info.field_name} {name!r}{hint} known: {', '.join(known)}")
+        return name
+
     @model_validator(mode="after")
     def _seeds_in_range(self) -> Request:
-        if self.seed is not None and self.seed + self.num_images - 1 > MAX_SEED:
-            raise ValueError(f"seed = {self.seed} with {self.num_images} pictures passes the largest seed, {MAX_SEED}")
+        for name in ("seed", "variation_seed"):
+            first = getattr(self, name)
+            if first is not None and first + self.num_images - 1 > MAX_SEED:
+                raise ValueError(
+                    f"{name} = {first} with {self.num_images} pictures passes the largest seed, {MAX_SEED}"
+                )
         return self
 
     def resolved(self, preset: Preset) -> Request:
@@ -329,14 +379,22 @@ class Request(BaseModel):
         if self.seed is None:
             # Short enough to be typed again.
             filled["seed"] = random.SystemRandom().randrange(2**32)
+        if self.variation_strength is not None and self.variation_seed is None:
+            filled["variation_seed"] = random.SystemRandom().randrange(2**32)
         return self.model_copy(update=filled)
 
     def singles(self) -> list[Request]:
-        """One request a picture, each with its own seed; what is stored in the picture's PNG."""
+        """One request a picture, each with its own seed; what is stored in the picture's PNG.
+
+        Variations have one seed, and a variation seed each. A prompt matrix has a prompt each with the same seeds.
+        """
         if self.seed is None:
             raise ValueError("the request has no seed yet; call resolved(preset) first")
-        seeds = range(self.seed, self.seed + self.num_images)
-        return [self.model_copy(update={"seed": seed, "num_images": 1}) for seed in seeds]
+        name = "variation_seed" if self.variation_strength else "seed"
+        first = getattr(self, name)
+        seeds = [{name: first + i, "num_images": 1, "prompt_matrix": False} for i in range(self.num_images)]
+        prompts = prompts_of(self.prompt) if self.prompt_matrix else [self.prompt]
+        return [self.model_copy(update={"prompt": prompt, **seed}) for prompt in prompts for seed in seeds]
 
 
 def _typed(numbers: tuple[float, ...]) -> str:
@@ -359,4 +417,6 @@ def _worded(error: Any) -> str:
         near = difflib.get_close_matches(field, Request.model_fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ";"
         return f"unknown option {field!r}{hint} known: {', '.join(Request.model_fields)}"
-    return f"{field} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    value = repr(error["input"])
+    value = value if len(value) <= 80 else f"{value[:76]}...{value[-1]}"
+    return f"{field} = {value}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -1,0 +1,84 @@
+"""What a field of `Request` is made of: its limits, its flag on the command line, and how what people type is read.
+
+Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Annotated
+
+from PIL.Image import Image
+from pydantic import BeforeValidator, PlainSerializer, ValidationInfo, WithJsonSchema
+
+MAX_SEED = 2**63 - 1  # what a torch generator takes and an int64 in JSON holds
+MAX_SIDE = 4096
+MAX_NOISE_LEVEL = 350  # the upscaler saw no more in training
+MAX_WORDS, MAX_LETTERS = 1500, 20_000  # of a prompt: twenty chunks of 75 tokens
+CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"masked_content": ("original", "fill", "noise", "nothing"), "hires_upscaler": ("latent", "lanczos")}
+)
+MEMORY = "<picture in memory, "  # how the recipe's stand-in for a picture without a file begins
+
+
+@dataclass(frozen=True)
+class Flag:
+    """The command-line names of a field, of which `--field-name` is always one, and the word for its value."""
+
+    names: tuple[str, ...] = ()
+    value: str | None = None
+
+
+def stand_in(image: Image) -> str:
+    """What a recipe says of a picture that was given in memory: enough to recognise it by."""
+    digest = hashlib.sha256(image.tobytes()).hexdigest()[:12]
+    return f"{MEMORY}{image.width}x{image.height} {image.mode}, sha256 {digest}>"
+
+
+def _path_or_image(given: object) -> object:
+    if isinstance(given, str | os.PathLike) and os.fspath(given):
+        return str(given)
+    if given is None or isinstance(given, Image):
+        return given
+    raise ValueError(f"{given!r} is no picture; give a file's path or a PIL image")
+
+
+def _in_json(given: str | Image) -> str:
+    return stand_in(given) if isinstance(given, Image) else given
+
+
+def _listed(given: object) -> object:
+    if isinstance(given, str):
+        return tuple(name.strip() for name in given.split(",") if name.strip())
+    return given
+
+
+def _numbers(given: object, info: ValidationInfo) -> object:
+    if isinstance(given, str):
+        try:
+            return tuple(float(part) for part in given.split(","))
+        except ValueError:
+            raise ValueError(f"{info.field_name} = {given!r}; give a number, or several parted by commas") from None
+    return (given,) if isinstance(given, int | float) and not isinstance(given, bool) else given
+
+
+def _whole_numbers(given: object) -> object:
+    if isinstance(given, str):
+        try:
+            given = tuple(int(part) for part in given.split(","))
+        except ValueError:
+            raise ValueError(f"outpaint = {given!r}; give one number of pixels, or four parted by commas") from None
+    return (given,) * 4 if isinstance(given, int) and not isinstance(given, bool) else given
+
+
+Picture = Annotated[
+    str | Image, PlainSerializer(_in_json, return_type=str, when_used="json"), WithJsonSchema({"type": "string"})
+]
+Given = BeforeValidator(_path_or_image)
+Listed = BeforeValidator(_listed)
+Numbers = BeforeValidator(_numbers)
+WholeNumbers = BeforeValidator(_whole_numbers)
