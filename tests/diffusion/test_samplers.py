@@ -81,7 +81,7 @@ def test_order_of_convergence(name: str, path: str) -> None:
         errors.append((run(sampler, X, grid) - end_point(X, grid[0], grid[-1])).abs().max().item())
     orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     print(f"{name} on {path}: errors {errors}, orders {orders}")
-    assert orders[-1] > order - 0.1 or errors[-1] < 1e-5
+    assert max(orders[-1], sum(orders) / 2) > order - 0.1  # an error may pass through zero on its way
     assert errors[-1] < 1e-2
 
 
