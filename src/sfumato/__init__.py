@@ -22,17 +22,44 @@ if TYPE_CHECKING:
         LMSDiscreteScheduler,
         PNDMScheduler,
     )
+    from sfumato.diffusion.named_distilled import (
+        DDIMInverseScheduler,
+        EDMEulerScheduler,
+        LCMScheduler,
+        TCDScheduler,
+    )
+    from sfumato.diffusion.named_solvers import (
+        DEISMultistepScheduler,
+        DPMSolverMultistepInverseScheduler,
+        DPMSolverSDEScheduler,
+        DPMSolverSinglestepScheduler,
+        KDPM2AncestralDiscreteScheduler,
+        KDPM2DiscreteScheduler,
+        UniPCMultistepScheduler,
+    )
     from sfumato.diffusion.scheduler import Scheduler
-    from sfumato.pipelines.pipeline import Pipeline, PipelineOutput, StableDiffusionPipeline, load
+    from sfumato.pipelines.doors import (
+        StableDiffusionDepth2ImgPipeline,
+        StableDiffusionImg2ImgPipeline,
+        StableDiffusionInpaintPipeline,
+        StableDiffusionInstructPix2PixPipeline,
+        StableDiffusionPipeline,
+        StableDiffusionPipelineOutput,
+        StableDiffusionUpscalePipeline,
+    )
+    from sfumato.pipelines.opening import (
+        AutoencoderKL,
+        CLIPTextModel,
+        CLIPTokenizer,
+        UNet2DConditionModel,
+    )
+    from sfumato.pipelines.pipeline import Pipeline, PipelineOutput, load
     from sfumato.pipelines.request import Request
 
 __version__ = "0.1.0"
 
 # Where each public name lives; it is imported when first asked for, so that `import sfumato` costs nothing.
 _HOMES = {
-    "sfumato.pipelines.pipeline": ("Pipeline", "PipelineOutput", "StableDiffusionPipeline", "load"),
-    "sfumato.pipelines.request": ("Request",),
-    "sfumato.diffusion.scheduler": ("Scheduler",),
     "sfumato.diffusion.named": (
         "DDIMScheduler",
         "DDPMScheduler",
@@ -44,23 +71,81 @@ _HOMES = {
         "LMSDiscreteScheduler",
         "PNDMScheduler",
     ),
+    "sfumato.diffusion.named_distilled": (
+        "DDIMInverseScheduler",
+        "EDMEulerScheduler",
+        "LCMScheduler",
+        "TCDScheduler",
+    ),
+    "sfumato.diffusion.named_solvers": (
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepInverseScheduler",
+        "DPMSolverSDEScheduler",
+        "DPMSolverSinglestepScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "UniPCMultistepScheduler",
+    ),
+    "sfumato.diffusion.scheduler": ("Scheduler",),
+    "sfumato.pipelines.doors": (
+        "StableDiffusionDepth2ImgPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionInstructPix2PixPipeline",
+        "StableDiffusionPipeline",
+        "StableDiffusionPipelineOutput",
+        "StableDiffusionUpscalePipeline",
+    ),
+    "sfumato.pipelines.opening": (
+        "AutoencoderKL",
+        "CLIPTextModel",
+        "CLIPTokenizer",
+        "UNet2DConditionModel",
+    ),
+    "sfumato.pipelines.pipeline": (
+        "Pipeline",
+        "PipelineOutput",
+        "load",
+    ),
+    "sfumato.pipelines.request": ("Request",),
 }
 
 __all__ = [
+    "AutoencoderKL",
+    "CLIPTextModel",
+    "CLIPTokenizer",
+    "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
     "Pipeline",
     "PipelineOutput",
     "Request",
     "Scheduler",
+    "StableDiffusionDepth2ImgPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionPipeline",
+    "StableDiffusionPipelineOutput",
+    "StableDiffusionUpscalePipeline",
+    "TCDScheduler",
+    "UNet2DConditionModel",
+    "UniPCMultistepScheduler",
     "__version__",
     "load",
 ]

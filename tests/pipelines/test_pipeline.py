@@ -145,7 +145,7 @@ def test_wrong_calls_are_refused(tiny_pipe: Pipeline, tiny_parts: Components) ->
 def test_public_names(tiny_folder: Path) -> None:
     for name in sfumato.__all__:
         assert getattr(sfumato, name) is not None
-    assert sfumato.StableDiffusionPipeline is sfumato.Pipeline
+    assert sfumato.StableDiffusionPipeline is not sfumato.Pipeline
     pipe = sfumato.load(tiny_folder, precision="bf16", device="cpu")
     assert pipe.runtime.dtype == torch.bfloat16 and next(pipe.unet.parameters()).dtype == torch.bfloat16
     (image,) = pipe(PROMPT, seed=1, num_inference_steps=2).images

@@ -355,9 +355,6 @@ class Pipeline:
         return scheduled(request, self.scheduler).plan(steps, request.sampler, request.spacing, options)
 
 
-StableDiffusionPipeline = Pipeline
-
-
 def load(
     model: str | Path = "mini",
     precision: str | None = None,

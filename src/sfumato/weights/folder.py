@@ -213,6 +213,27 @@ def load_vae_folder(
     return cast(VAE, _network(folder, name, VAES, dtype, device, variant, default))
 
 
+def load_part(
+    folder: Path | str,
+    classes: Mapping[str, type],
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    variant: str | None = None,
+) -> nn.Module:
+    """Read one network from its own folder; classes: those that it may be, such as `UNETS` or `TEXTS`.
+
+    Raises FileNotFoundError when there is none, ValueError when it is of another kind or does not fit.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}; give the folder of a network, or its subfolder's name")
+    raw = read_json(folder / CONFIG)
+    name = str(raw.get("_class_name") or next(iter(raw.get("architectures") or ()), None))
+    if name not in classes:
+        raise ValueError(f"{folder} holds a {name!r}; this is for {', '.join(classes)}")
+    return _network(folder, name, classes, dtype, device, variant, {})
+
+
 def save_folder(parts: HasComponents, path: Path | str, dtype: torch.dtype | None = None) -> None:
     """Write a model folder that this package and diffusers open; weights in `dtype` when given.
 

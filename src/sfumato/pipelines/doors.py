@@ -1,0 +1,404 @@
+"""The front doors that notebooks written for diffusers know: thin classes over the parts of a model.
+
+A door translates: arguments to a start, a guidance and a run of the one denoising loop, callbacks to the loop's own,
+the result to what notebooks read. It samples with its `scheduler`, has diffusers' defaults, and draws from one
+generator for all pictures of a call; so an unchanged notebook gives the picture that it gives there. The package's own
+`Pipeline` has a seed for each picture, prompt syntax and recipes instead.
+
+B pictures in a call, n given pictures, C latent channels, h w latent height and width, H W picture height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sfumato.diffusion.drive import Run, drive
+from sfumato.diffusion.samplers import Steps, ddim, evaluations
+from sfumato.diffusion.scheduler import Plan
+from sfumato.models.depth import depth_channel
+from sfumato.pipelines.check import check
+from sfumato.pipelines.door import Door
+from sfumato.pipelines.processor import ImageProcessor, check_form
+from sfumato.pipelines.request import Request, parse
+from sfumato.pipelines.start import STARTS
+from sfumato.pipelines.together import STEP_TENSORS, CastNoise, Together, Watcher, Weights, Words, guided
+from sfumato.presets import Task
+from sfumato.weights.safe import lay_out
+
+
+@dataclass(frozen=True)
+class StableDiffusionPipelineOutput:
+    """What a door answers.
+
+    images: PIL pictures, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1], or latents (B, C, h, w).
+    nsfw_content_detected: None, as pictures are not checked.
+    """
+
+    images: Any
+    nsfw_content_detected: None = None
+
+    def to_tuple(self) -> tuple[Any, None]:
+        """Both as a tuple."""
+        return self.images, self.nsfw_content_detected
+
+    def __getitem__(self, key: int | str) -> Any:
+        """The pictures for 0 and "images"."""
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+
+@dataclass
+class Call:
+    """The arguments that all doors take, with diffusers' meaning.
+
+    prompt, negative_prompt:  a text or a list; or prompt_embeds, negative_prompt_embeds, token states (B, L, D).
+    timesteps, sigmas:        to go through, instead of a number of steps.
+    guidance_scale:           weight of the prompt; up to 1 there is no guidance.
+    num_images_per_prompt:    pictures of each prompt, one after the other.
+    eta:                      share of fresh noise, for schedulers that take it; others do not look at it.
+    generator:                one for all pictures, or a list of as many; torch's own where None.
+    latents:                  standard noise (B, C, h, w) to begin with.
+    output_type:              "pil", "np", "pt", "latent".
+    cross_attention_kwargs:   {"scale": strength of the adapters}.
+    guidance_rescale:         how far guided predictions get back the prompt's own deviation (Lin et al. 2023).
+    clip_skip:                layers of the text tower left out at the end.
+    callback_on_step_end:     called (door, i, t, tensors) after each step; what it returns replaces tensors.
+    callback, callback_steps: the older kind, called (i, t, latents).
+    """
+
+    prompt: str | Sequence[str] | None = None
+    num_inference_steps: int = 50
+    timesteps: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None
+    guidance_scale: float = 7.5
+    negative_prompt: str | Sequence[str] | None = None
+    num_images_per_prompt: int | None = 1
+    eta: float = 0.0
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
+    latents: Tensor | None = None
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    output_type: str | None = "pil"
+    return_dict: bool = True
+    cross_attention_kwargs: Mapping[str, Any] | None = None
+    guidance_rescale: float = 0.0
+    clip_skip: int | None = None
+    callback_on_step_end: Callable[..., Mapping[str, Any] | None] | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+    callback: Callable[..., Any] | None = None
+    callback_steps: int | None = None
+
+    @classmethod
+    def read(cls, door: str, arguments: Mapping[str, Any]) -> Call:
+        """From a door's arguments; ValueError for what cannot be honoured, TypeError for what is not known."""
+        known = {field.name for field in fields(cls)}
+        for name, value in arguments.items():
+            if name not in known and name not in REFUSED:
+                raise TypeError(f"{door} has no argument {name!r}; it has {', '.join(sorted(known))}")
+            if name in REFUSED and value is not None:
+                raise ValueError(f"{door}: {name} is not supported; leave it out")
+        call = cls(**{name: value for name, value in arguments.items() if name in known})
+        if isinstance(call.generator, torch.Generator | None):
+            pass
+        elif not call.generator:
+            raise ValueError("generator is an empty list; give one generator, or as many as pictures")
+        call.callback_on_step_end_tensor_inputs = getattr(
+            call.callback_on_step_end, "tensor_inputs", call.callback_on_step_end_tensor_inputs
+        )
+        strange = [name for name in call.callback_on_step_end_tensor_inputs if name not in STEP_TENSORS]
+        if strange:
+            raise ValueError(f"callback_on_step_end_tensor_inputs: {strange[0]!r}; known: {', '.join(STEP_TENSORS)}")
+        other = set(call.cross_attention_kwargs or ()) - {"scale"}
+        if other:
+            raise ValueError(f"cross_attention_kwargs: {sorted(other)[0]!r} is not supported; known: 'scale'")
+        for text, states in (("prompt", "prompt_embeds"), ("negative_prompt", "negative_prompt_embeds")):
+            if getattr(call, text) is not None and getattr(call, states) is not None:
+                raise ValueError(f"both {text} and {states} are given; give one of the two")
+        if call.prompt is None and call.prompt_embeds is None:
+            raise ValueError("neither prompt nor prompt_embeds is given; say what the picture shows")
+        check_form(call.output_type or "pil")
+        return call
+
+    @property
+    def many(self) -> int:
+        """B."""
+        if self.prompt_embeds is not None:
+            prompts = len(self.prompt_embeds)
+        else:
+            prompts = 1 if isinstance(self.prompt, str) else len(self.prompt or ())
+        return prompts * (self.num_images_per_prompt or 1)
+
+    @property
+    def each(self) -> Sequence[torch.Generator]:
+        """The pictures' own generators, none where there is one for all; ValueError for another number than B."""
+        if isinstance(self.generator, torch.Generator | None):
+            return ()
+        if len(self.generator) != self.many:
+            raise ValueError(f"{len(self.generator)} generators for {self.many} pictures; give one, or as many")
+        return self.generator
+
+
+REFUSED = (
+    "ip_adapter_image",
+    "ip_adapter_image_embeds",
+    "masked_image_latents",
+    "padding_mask_crop",
+    "added_cond_kwargs",
+    "timestep_cond",
+)
+
+
+class Maker(Door):
+    """A door that makes pictures: what the calls of all of them come to."""
+
+    task: ClassVar[Task]
+    spread: ClassVar[bool] = True
+
+    @torch.no_grad()
+    def _made(self, call: Call, height: int, width: int, request: Request, **images: Tensor) -> Any:
+        """The pictures of a call; request: its numbers, checked."""
+        task = self._task
+        weights = Weights(call.guidance_scale, request.image_guidance_scale, call.guidance_rescale)
+        self._guidance_scale, self._interrupt = call.guidance_scale, False
+        pipe, scheduler = self._pipe, self.scheduler
+        if pipe.runtime.channels_last:
+            lay_out(pipe.unet)
+            lay_out(self.vae)
+        with self._adapted.scaled((call.cross_attention_kwargs or {}).get("scale")):
+            words = Words(*self.encode_prompt(
+                call.prompt, self.device, call.num_images_per_prompt or 1, weights.guides, call.negative_prompt,
+                call.prompt_embeds, call.negative_prompt_embeds, clip_skip=call.clip_skip,
+            ))  # fmt: skip
+            setting = self._setting(call, (height, width), request, images)
+            start = STARTS[task](setting)
+            scheduler.noise_source = call.each or setting.generator, None
+            guidance = guided(words, weights, start, scheduler)
+            points = evaluations(start.sampler, start.grid)
+            steps = start.sampler(start.x, start.grid, CastNoise(scheduler.noise(), self.dtype))
+            run = Run(steps, guidance, scheduler.prediction, len(points))
+            self._num_timesteps = len(points)
+            with self.progress_bar(total=len(start.grid) - 1) as bar:
+                watcher = Watcher(
+                    self, task, start, scheduler, words, weights, call.callback_on_step_end,
+                    call.callback_on_step_end_tensor_inputs, call.callback, call.callback_steps or 1, bar.update,
+                )  # fmt: skip
+                drive([run], pipe.net, watcher)
+        return self._answer(call, watcher.latents(run))
+
+    def _answer(self, call: Call, latents: Tensor) -> Any:
+        form = call.output_type or "pil"
+        images = latents if form == "latent" else self.image_processor.postprocess(self._pixels(latents), form)
+        return StableDiffusionPipelineOutput(images) if call.return_dict else (images, None)
+
+    @property
+    def _task(self) -> Task:
+        """What the model is made for, which may be less than the door's."""
+        return self._pipe.preset.task
+
+    def _setting(self, call: Call, size: tuple[int, int], request: Request, images: Mapping[str, Tensor]) -> Together:
+        h, w = (side // self.vae_scale_factor for side in size)
+        shape = call.many, self.latent_channels, h, w
+        if call.latents is not None and tuple(call.latents.shape) != shape:
+            raise ValueError(f"latents of shape {tuple(call.latents.shape)}; this call needs {shape}")
+        return Together(
+            plan=self._plan(call),
+            shape=shape,
+            generator=call.generator if isinstance(call.generator, torch.Generator) else None,
+            scheduler=self.scheduler,
+            each=call.each,
+            spread=self.spread,
+            vae=self.vae,
+            device=self.device,
+            dtype=self.dtype,
+            eps=None if call.latents is None else call.latents.float(),
+            images=images,
+            strength=1.0 if request.strength is None else request.strength,
+            noise_level=request.noise_level or 0,
+            low_res_scheduler=self.low_res_scheduler,
+        )
+
+    def _plan(self, call: Call) -> Plan:
+        """How the scheduler goes, as it says itself."""
+        scheduler = self.scheduler
+        own = None if call.timesteps is not None or call.sigmas is not None else call.num_inference_steps
+        scheduler.set_timesteps(own, self.device, call.timesteps, call.sigmas)
+        plan = scheduler.laid
+        if call.eta and (scheduler.entry.run is ddim or scheduler.takes_eta):
+            sampler: Callable[..., Steps] = plan.sampler
+            return replace(plan, sampler=partial(sampler, eta=call.eta))
+        return plan
+
+    def _checked(self, call: Call, **numbers: Any) -> Request:
+        """The numbers of a call as a request; ValueError for one that is out of range or does not fit the model."""
+        request = parse(num_inference_steps=call.num_inference_steps, **numbers)
+        check(request, self._pipe.preset)
+        return request
+
+    def _given(self, image: Any, height: int | None = None, width: int | None = None) -> tuple[Tensor, int, int]:
+        """Pictures (n, 3, H, W) in [-1, 1], or latents, with H and W."""
+        if image is None:
+            raise ValueError(f"{type(self).__name__} needs an image; give a picture")
+        x = self.image_processor.preprocess(image, height, width)
+        factor = self.vae_scale_factor if x.shape[1] == self.latent_channels else 1
+        return x, x.shape[2] * factor, x.shape[3] * factor
+
+
+class StableDiffusionPipeline(Maker):
+    """Text to image."""
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        **others: Any,
+    ) -> Any:
+        """Pictures of a prompt, or of each prompt of a list; others: see `Call`."""
+        name = type(self).__name__
+        call = Call.read(name, {"prompt": prompt, "num_inference_steps": num_inference_steps, **others})
+        preset = self._pipe.preset
+        height, width = height or preset.height, width or preset.width
+        return self._made(call, height, width, self._checked(call, height=height, width=width))
+
+
+class StableDiffusionImg2ImgPipeline(Maker):
+    """Image to image."""
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        strength: float = 0.8,
+        num_inference_steps: int = 50,
+        **others: Any,
+    ) -> Any:
+        """Pictures that leave an image as far as strength says; image: see `ImageProcessor`, or latents."""
+        name = type(self).__name__
+        call = Call.read(name, {"prompt": prompt, "num_inference_steps": num_inference_steps, **others})
+        x, height, width = self._given(image)
+        request = self._checked(call, height=height, width=width, strength=strength)
+        return self._made(call, height, width, request, image=x)
+
+
+class StableDiffusionInpaintPipeline(Maker):
+    """Repainting in a mask: with a model made for it, or with any by putting back the rest at each step."""
+
+    families: ClassVar[Mapping[int, str]] = {5: "StableDiffusionInpaintPipeline", 0: "StableDiffusionPipeline"}
+    mends: ClassVar[Mapping[str, object]] = {"steps_offset": 1, "skip_prk_steps": True}
+    spread = False
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        strength: float = 1.0,
+        num_inference_steps: int = 50,
+        **others: Any,
+    ) -> Any:
+        """Pictures of an image with what is white in the mask repainted."""
+        name = type(self).__name__
+        call = Call.read(name, {"prompt": prompt, "num_inference_steps": num_inference_steps, **others})
+        preset = self._pipe.preset
+        height, width = height or preset.height, width or preset.width
+        request = self._checked(call, height=height, width=width, strength=strength)
+        x, *_ = self._given(image, height, width)
+        if mask_image is None:
+            raise ValueError(f"{name} needs a mask_image; give a picture that is white where to repaint")
+        if x.shape[1] == self.latent_channels:
+            raise ValueError(f"{name} needs a picture, and got latents; decode them first")
+        mask = ImageProcessor(self.vae_scale_factor, mask=True).preprocess(mask_image, height, width)
+        return self._made(call, height, width, request, image=x, mask=mask.expand(max(len(mask), len(x)), -1, -1, -1))
+
+
+class StableDiffusionDepth2ImgPipeline(Maker):
+    """Image to image that keeps the depth of the image."""
+
+    families: ClassVar[Mapping[int, str]] = {1: "StableDiffusionDepth2ImgPipeline"}
+    mends: ClassVar[Mapping[str, object]] = {}
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        depth_map: Any = None,
+        strength: float = 0.8,
+        num_inference_steps: int = 50,
+        **others: Any,
+    ) -> Any:
+        """Pictures with the depth of an image; depth_map: (n, H, W), larger where it is nearer, else estimated."""
+        name = type(self).__name__
+        call = Call.read(name, {"prompt": prompt, "num_inference_steps": num_inference_steps, **others})
+        x, height, width = self._given(image)
+        request = self._checked(call, height=height, width=width, strength=strength)
+        if depth_map is not None:
+            depth = torch.as_tensor(depth_map)
+            depth = depth[:, None] if depth.ndim == 3 else depth
+        elif self.depth_estimator is not None:
+            whole = ImageProcessor(1, channels=self.latent_channels).preprocess(image)
+            depth = self.depth_estimator.predict(whole)
+        else:
+            raise ValueError("this model has no depth_estimator; give a depth_map")
+        factor = self.vae_scale_factor
+        channel = depth_channel(depth.to(self.device), height // factor, width // factor)
+        return self._made(call, height, width, request, image=x, depth=channel)
+
+
+class StableDiffusionInstructPix2PixPipeline(Maker):
+    """Changing an image by an instruction."""
+
+    families: ClassVar[Mapping[int, str]] = {4: "StableDiffusionInstructPix2PixPipeline"}
+    mends: ClassVar[Mapping[str, object]] = {}
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 7.5,
+        image_guidance_scale: float = 1.5,
+        **others: Any,
+    ) -> Any:
+        """Pictures of an image changed as the prompt says."""
+        texts = {"prompt": prompt, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        call = Call.read(type(self).__name__, {**texts, **others})
+        x, height, width = self._given(image)
+        request = self._checked(call, height=height, width=width, image_guidance_scale=image_guidance_scale)
+        return self._made(call, height, width, request, image=x)
+
+    def _encode_prompt(self, *prompt: Any, **options: Any) -> Tensor:
+        """`encode_prompt` as one tensor, the negative prompts' states behind, twice."""
+        return Words(*self.encode_prompt(*prompt, **options)).joined("instruct")
+
+
+class StableDiffusionUpscalePipeline(Maker):
+    """Enlarging a picture four times."""
+
+    families: ClassVar[Mapping[int, str]] = {3: "StableDiffusionUpscalePipeline"}
+    mends: ClassVar[Mapping[str, object]] = {}
+    resample = "bicubic"
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        num_inference_steps: int = 75,
+        guidance_scale: float = 9.0,
+        noise_level: int = 20,
+        **others: Any,
+    ) -> Any:
+        """Large pictures of a small one; noise_level: how much noise it is given first."""
+        texts = {"prompt": prompt, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        call = Call.read(type(self).__name__, {**texts, **others})
+        small, *_ = self._given(image)
+        height, width = (side * self.vae_scale_factor for side in small.shape[2:])
+        request = self._checked(call, height=height, width=width, noise_level=noise_level)
+        return self._made(call, height, width, request, image=small)
