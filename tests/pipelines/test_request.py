@@ -90,3 +90,19 @@ def test_pictures_in_json() -> None:
     assert written["mask"].startswith("<picture in memory, 4x2 L, sha256 ")
     with pytest.raises(ValueError, match=r"mask was <picture in memory, 4x2 L, .* give that picture again as mask"):
         open_picture(parse(**written).mask, "mask")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "expected"),
+    [
+        ("DPM++ 2M Karras", None, ("dpmpp_2m", "karras")),
+        ("Euler a", "Automatic", ("euler_a", None)),
+        ("DPMSolverMultistepScheduler", "trailing", ("dpmpp_2m", "trailing")),
+        ("uni_pc_bh2", None, ("unipc", None)),
+    ],
+)
+def test_names_of_other_programs_become_the_registered_ones(
+    sampler: str, spacing: str | None, expected: tuple[str, str | None]
+) -> None:
+    request = parse(prompt="an apple", sampler=sampler, spacing=spacing)
+    assert (request.sampler, request.spacing) == expected

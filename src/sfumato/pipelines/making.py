@@ -13,8 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sfumato.diffusion.brownian import PictureNoise
 from sfumato.diffusion.drive import Run, drive
+from sfumato.diffusion.keep import Keep
 from sfumato.diffusion.samplers import evaluations
+from sfumato.diffusion.samplers.base import Noise
 from sfumato.pipelines.check import PICTURES
 from sfumato.pipelines.conditions import batches
 from sfumato.pipelines.enlarge import Windows, enlarged
@@ -77,8 +80,9 @@ def latents(
                 again = {job.image: enlarged_job(pipe, job) for job in jobs if job.more and job.run.result is not None}
                 advance(list(again.values()), net, callback)
             for job in (again.get(job.image, job) for job in jobs):
-                if job.run.result is not None:
-                    yield job.request, job.run.result
+                z, guidance = job.run.result, job.run.guidance
+                if z is not None:
+                    yield job.request, guidance.ended(z) if isinstance(guidance, Keep) else z
     finally:
         pipe.dressing().undress()
 
@@ -125,14 +129,11 @@ def enlarged_job(pipe: Pipeline, job: Job) -> Job:
 
 def run_of(pipe: Pipeline, request: Request, start: Start, generator: torch.Generator | None) -> Run:
     """The coroutine of a start with its guidance, ready to be driven."""
-
-    def fresh(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator).to(x.device)
-
+    noise: Noise = _fresh if generator is None else PictureNoise(generator)
     inner = pipe.dressing().guidance(request, pipe.preset.task, start)
     guidance = surrounded(inner, request, pipe.scheduler, pipe.preset, start.grid)
     return Run(
-        start.sampler(start.x, start.grid, fresh),
+        start.sampler(start.x, start.grid, noise),
         guidance if start.wrap is None else start.wrap(guidance),
         pipe.scheduler.prediction,
         len(evaluations(start.sampler, start.grid)),
@@ -186,3 +187,8 @@ def picture(pipe: Pipeline, request: Request, z: Tensor) -> Tensor:
         x = pipe.decode(z)
     frame = frame_of(request, pipe.factor) if request.paste else None
     return x if frame is None else frame.put_back(x)
+
+
+def _fresh(x: Tensor, /) -> Tensor:
+    """Noise of PyTorch's own generator."""
+    return torch.randn(x.shape).to(x.device)

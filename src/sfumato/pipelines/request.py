@@ -253,23 +253,21 @@ class Request(BaseModel):
         str | None, Field(description="What the network predicts, eps or v (default: what the model's files say).")
     ] = None
 
-    @field_validator("sampler")
+    @model_validator(mode="before")
     @classmethod
-    def _known_sampler(cls, name: str | None) -> str | None:
-        if name is not None:
-            from sfumato.diffusion.samplers import get_sampler
+    def _registered_names(cls, given: Any) -> Any:
+        """Sampler and spacing by any of their names; a sampler's may go on to say the spacing."""
+        if not isinstance(given, dict) or not (given.get("sampler") or given.get("spacing")):
+            return given
+        from sfumato.diffusion.names import find_sampler, find_spacing
 
-            get_sampler(name)
-        return name
-
-    @field_validator("spacing")
-    @classmethod
-    def _known_spacing(cls, name: str | None) -> str | None:
-        if name is not None:
-            from sfumato.diffusion.grid import get_spacing
-
-            get_spacing(name)
-        return name
+        sampler, spacing = given.get("sampler"), given.get("spacing")
+        said = None
+        if isinstance(sampler, str):
+            sampler, said = find_sampler(sampler)
+        if isinstance(spacing, str):
+            spacing = None if spacing.lower() == "automatic" else find_spacing(spacing)
+        return {**given, "sampler": sampler, "spacing": spacing or said}
 
     @field_validator("prediction")
     @classmethod
