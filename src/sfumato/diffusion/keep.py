@@ -51,6 +51,10 @@ class Keep:
             return x
         return torch.where(self.free(point), x, add_noise(self.z, self.eps, point))
 
+    def ended(self, x: Tensor) -> Tensor:
+        """The result with the known part put back, for samplers and grids that end beside the clean picture."""
+        return torch.where(self.free(self.grid[-1]), x, self.z)
+
     def ask(self, x: Tensor, point: Point) -> list[Query]:
         """The questions of `inner` on the x with the known part put back."""
         return self.inner.ask(self.seen(x, point), point)

@@ -117,10 +117,10 @@ def settled(request: Request, preset: Preset, estimates_depth: bool = False) -> 
             f"{preset.title} ({preset.pipeline}) needs depth, as it came without an estimator of it; give a picture"
         )
     for name, (others, why) in BESIDE.items():
-        if given(request, name) and not any(getattr(request, other) for other in others):
+        if given(request, name) and not any(wanted(request, other) for other in others):
             raise ValueError(f"{name} = {shown(getattr(request, name))} {why}")
     fill = {**uses.takes, **texts}
-    fill = {n: v for n, v in fill.items() if n not in BESIDE or any(getattr(request, o) for o in BESIDE[n][0])}
+    fill = {n: v for n, v in fill.items() if n not in BESIDE or any(wanted(request, o) for o in BESIDE[n][0])}
     if "hires_strength" in fill:
         fill["hires_strength"] = HIRES_STRENGTHS[request.hires_upscaler or fill["hires_upscaler"]]
     if request.mask is not None or request.outpaint is not None:
@@ -135,6 +135,11 @@ def given(request: Request, name: str) -> bool:
     """Whether a request says something about a field."""
     value = getattr(request, name)
     return value is not None and not (isinstance(value, str | tuple) and len(value) == 0)
+
+
+def wanted(request: Request, name: str) -> bool:
+    """Whether a request asks for something."""
+    return getattr(request, name) is not False and given(request, name)
 
 
 def shown(value: object) -> str:

@@ -37,11 +37,12 @@ def open_picture(given: str | Image.Image, name: str) -> Image.Image:
     if not Path(given).stat().st_size:
         raise ValueError(f"{name}: {given} is empty, 0 bytes long; give a picture")
     try:
-        with warnings.catch_warnings(), Image.open(given) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # said below, and in pixels
-            check_extent(image, f"{name}: {given}")
-            image.load()
-            return ImageOps.exif_transpose(image)
+            with Image.open(given) as image:
+                check_extent(image, f"{name}: {given}")
+                image.load()
+                return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise ValueError(f"{name}: {given} is not a picture") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: PIL's word for a broken PNG
