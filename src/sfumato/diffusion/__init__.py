@@ -1,9 +1,10 @@
 """The mathematics: paths, grids, predictions, samplers, guidance, the one loop, and the scheduler facade."""
 
+from .around import PAG, Limited, Rescale, Within, thresholded
 from .brownian import Brownian, PictureNoise
 from .drive import Driver, Run, drive
 from .grid import SPACINGS, get_spacing, make_grid
-from .guidance import CFG, Guidance, Plain, Query
+from .guidance import APG, CFG, CFGPP, Guidance, InstructCFG, Plain, Query
 from .named import (
     DDIMScheduler,
     DDPMScheduler,
@@ -32,7 +33,10 @@ from .samplers import SAMPLERS, Entry, ancestral, evaluations, get_sampler, move
 from .scheduler import Plan, Scheduler, StepOutput
 
 __all__ = [
+    "APG",
     "CFG",
+    "CFGPP",
+    "PAG",
     "PREDICTIONS",
     "SAMPLERS",
     "SPACINGS",
@@ -54,10 +58,12 @@ __all__ = [
     "FlowPath",
     "Guidance",
     "HeunDiscreteScheduler",
+    "InstructCFG",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "LCMScheduler",
     "LMSDiscreteScheduler",
+    "Limited",
     "PNDMScheduler",
     "Path",
     "PictureNoise",
@@ -67,6 +73,7 @@ __all__ = [
     "Points",
     "Prediction",
     "Query",
+    "Rescale",
     "Run",
     "Scheduler",
     "StepOutput",
@@ -74,6 +81,7 @@ __all__ = [
     "UniPCMultistepScheduler",
     "VEPath",
     "VPPath",
+    "Within",
     "add_noise",
     "ancestral",
     "betas",
@@ -88,4 +96,5 @@ __all__ = [
     "make_grid",
     "move",
     "sampler",
+    "thresholded",
 ]
