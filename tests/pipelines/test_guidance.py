@@ -296,7 +296,7 @@ def test_zero_snr_begins_at_pure_noise(tiny_pipe: Pipeline) -> None:
 def test_what_does_not_fit_is_said(pipe_for: Make, task: str, fields: dict[str, Any], message: str) -> None:
     pictures = {"image": Image.new("RGB", (32, 32)), "mask": Image.new("L", (32, 32), 255)}
     needs = {"inpaint": ("image", "mask"), "instruct": ("image",)}.get(task, ())
-    given = {"prompt": PROMPT, "num_inference_steps": 3} | {name: pictures[name] for name in needs} | fields
+    given: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 3} | {n: pictures[n] for n in needs} | fields
     with pytest.raises(ValueError, match=message) as caught:
         pipe_for(task)(**given)
     assert "\n" not in str(caught.value)
