@@ -101,6 +101,9 @@ def check_guidance(request: Request, preset: Preset, unet: UNet, grid: Sequence[
         )
     if request.pag_scale:
         for layer in request.pag_layers:
-            self_attentions(unet, layer)
+            try:
+                self_attentions(unet, layer)
+            except ValueError as error:
+                raise ValueError(f"pag_layers = {','.join(request.pag_layers)}: {error}") from None
     if request.guidance_interval is not None:
         levels_of(grid, request.guidance_interval)
