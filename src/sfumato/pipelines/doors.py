@@ -205,6 +205,9 @@ class Maker(Door):
         shape = call.many, self.latent_channels, h, w
         if call.latents is not None and tuple(call.latents.shape) != shape:
             raise ValueError(f"latents of shape {tuple(call.latents.shape)}; this call needs {shape}")
+        for image in images.values():
+            if call.many % len(image):
+                raise ValueError(f"{len(image)} pictures were given for {call.many} to be made; give one, or as many")
         return Together(
             plan=self._plan(call),
             shape=shape,
@@ -212,6 +215,7 @@ class Maker(Door):
             scheduler=self.scheduler,
             each=call.each,
             spread=self.spread,
+            apart=self._task == "inpaint",
             vae=self.vae,
             device=self.device,
             dtype=self.dtype,

@@ -36,11 +36,13 @@ class Together(Setting):
     scheduler: laid for the plan; it says where among its evaluations a run begins midway.
     each:      a generator for each picture, instead of one for all.
     spread:    with these, a single picture is encoded once for each of them.
+    apart:     latents of n pictures stay n, to go beside other inputs; else there are B.
     """
 
     scheduler: Scheduler = field(kw_only=True)
     each: Sequence[torch.Generator] = ()
     spread: bool = True
+    apart: bool = False
 
     def drawn(self, shape: Sequence[int]) -> Tensor:
         """Standard noise of all pictures, in the networks' dtype as diffusers draws it, then float32."""
@@ -56,12 +58,18 @@ class Together(Setting):
     def latents(self, x: Tensor) -> Tensor:
         """Latents of n pictures, drawn; what has as many channels as a latent is one already."""
         if x.shape[1] == self.shape[1]:
-            return x.to(self.device).float()
-        if not self.each:
-            return self.vae.to_latents(x.to(self.device, self.dtype), self.generator).float()
-        rows = self.rows(x) if self.spread else x
-        pairs = zip(rows.to(self.device, self.dtype).split(1), self.each, strict=self.spread)
-        return torch.cat([self.vae.to_latents(row, generator).float() for row, generator in pairs])
+            return self.rows(x.to(self.device).float())
+        if self.each:
+            rows = self.rows(x) if self.spread else x
+            pairs = zip(rows.to(self.device, self.dtype).split(1), self.each, strict=self.spread)
+            z = torch.cat([self.vae.to_latents(row, generator).float() for row, generator in pairs])
+        else:
+            z = self.vae.to_latents(x.to(self.device, self.dtype), self.generator).float()
+        return z if self.apart else self.rows(z)
+
+    def mask(self, h: int, w: int) -> Tensor:
+        """The same for all pictures."""
+        return self.rows(super().mask(h, w))
 
     def rows(self, x: Tensor) -> Tensor:
         """Something of n pictures for B; ValueError unless B is a multiple of n."""
