@@ -9,6 +9,7 @@ from PIL import Image
 
 from sfumato import images
 from sfumato.pipelines.request import parse
+from sfumato.recipes import embed, recipe
 
 
 def noise(size: tuple[int, int] = (8, 6)) -> Image.Image:
@@ -73,3 +74,60 @@ def test_grids_are_as_square_as_they_go(count: int, size: tuple[int, int]) -> No
     sheet = images.grid([noise()] * count)
     assert sheet.size == size
     assert sheet.crop((0, 0, 8, 6)).tobytes() == noise().tobytes()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_every_format_carries_the_recipe(tmp_path: Path, suffix: str) -> None:
+    request = parse(prompt='a "käfer" 🐞\n2nd line', seed=3, width=8, height=8, num_inference_steps=2)
+    path = tmp_path / f"a{suffix}"
+    images.save(noise(), path, request, {"precision": "float32", "model_hash": "0123456789"})
+    found = recipe.read(path)
+    assert (found.program, found.request, found.notes) == ("sfumato", request, ())
+    assert found.made_with == {"precision": "float32", "model_hash": "0123456789"} == images.read_made_with(path)
+    assert found.text.startswith(request.prompt) and "Seed: 3, Size: 8x8, Model hash: 0123456789, " in found.text
+
+
+def test_other_programs_read_the_comment_of_a_jpeg(tmp_path: Path) -> None:
+    images.save(noise(), tmp_path / "a.jpg", parse(prompt="ein käfer", seed=3))
+    with Image.open(tmp_path / "a.jpg") as image:
+        comment = image.getexif().get_ifd(0x8769)[0x9286]
+    assert comment.startswith(b"UNICODE\0") and comment[8:].decode("utf-16-be").startswith("ein käfer\n")
+
+
+@pytest.mark.parametrize("order", ["utf-16-be", "utf-16-le"])
+def test_pictures_of_other_programs(tmp_path: Path, order: str) -> None:
+    text = "ein käfer\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x512, Model: foo"
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode(order)
+    noise().save(tmp_path / "a.jpg", exif=exif.tobytes())
+    noise().save(tmp_path / "a.png", pnginfo=embed.png({"parameters": text}))
+    for name in ("a.jpg", "a.png"):
+        found = recipe.read(tmp_path / name)
+        assert (found.program, found.request.sampler, found.request.seed) == ("A1111", "euler_a", 5)
+        assert found.request.prompt == "ein käfer" and "another generator" in found.notes[0]
+
+
+def test_a_recipe_too_long_for_a_jpeg_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    request = parse(prompt="ß" * 18_000, seed=3)
+    images.save(noise(), tmp_path / "a.jpg", request)
+    assert "too long" in caplog.text
+    images.save(noise(), tmp_path / "a.png", request)
+    assert images.read_recipe(tmp_path / "a.png") == request
+
+
+def test_a_file_that_is_there_stays(tmp_path: Path) -> None:
+    images.save(noise(), tmp_path / "a.png", overwrite=False)
+    before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(FileExistsError, match=r"a\.png exists and is not overwritten"):
+        images.save(Image.new("RGB", (2, 2)), tmp_path / "a.png", overwrite=False)
+    with pytest.raises(NotADirectoryError):
+        images.save(noise(), tmp_path / "a.png" / "b.png", overwrite=False)
+    assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("keep", [0, 20, 60, 200])
+def test_damaged_files_are_refused_in_one_line(tmp_path: Path, keep: int) -> None:
+    images.save(noise((64, 64)), tmp_path / "a.png", parse(prompt="a cat"))
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:keep])
+    with pytest.raises(ValueError, match="is not a picture|cannot be read|carries no recipe"):
+        recipe.read(tmp_path / "a.png")

@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipelines": LEAVES | {"diffusion", "models", "text", "weights", "images", "presets", "runtime", "sfumato"},
     "images": {"files", "pipelines", "recipes"},
     "recipes": LEAVES | {"diffusion", "pipelines", "sfumato"},
+    "previews": {"images", "models"},
     "sfumato": {"diffusion", "pipelines"},
 }
 ALLOWED["data"] = set(ALLOWED)

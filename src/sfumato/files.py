@@ -34,9 +34,15 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def creating(path: Path | str) -> Iterator[Path]:
-    """Like `replacing`, but FileExistsError where `path` is there already, even since the block began."""
+    """Like `replacing`, but FileExistsError where `path` is there already, even since the block began.
+
+    FileExistsError means just that; NotADirectoryError a file in the place of a folder.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"{path.parent} is no folder, so {path.name} cannot be written into it") from None
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)

@@ -14,10 +14,32 @@ from typing import Annotated
 import typer
 
 from sfumato import __version__
-from sfumato.cli import convert, data, evaluate, info, models, train
+from sfumato.cli import convert, data, evaluate, info, legacy, models, replay, train
+from sfumato.cli.watch import Interrupted
 
 PICTURE = "txt2img"
-COMMANDS = (PICTURE, "info", "convert", "models", "samplers", "spacings", "data", "train", "eval")
+# The commands whose flags are Request's fields.
+TASKS = {
+    PICTURE: "Make pictures from a prompt.",
+    "img2img": "Make pictures from a picture and a prompt.",
+    "inpaint": "Repaint a part of a picture.",
+    "depth2img": "Make pictures of the same depth as a picture.",
+    "upscale": "Enlarge a picture.",
+    "instruct": "Change a picture as an instruction says.",
+}
+COMMANDS = (
+    *TASKS,
+    "replay",
+    "recipe",
+    "info",
+    "convert",
+    "models",
+    "samplers",
+    "spacings",
+    "data",
+    "train",
+    "eval",
+)
 GROUP_OPTIONS = ("--help", "-h", "--version")
 INTERRUPTED = 130
 TRACEBACK = "SFUMATO_TRACEBACK"  # set it to see where an error came from
@@ -28,16 +50,24 @@ ClickError: type[Exception] = typer.BadParameter.__mro__[2]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for bad input, 130 when interrupted."""
     args = with_command(list(sys.argv[1:] if argv is None else argv))
+    as_json = "--json" in args and args[0] in (*TASKS, "replay")
     try:
-        # The flags of txt2img are generated from Request, which takes pydantic: only when it is called.
-        app = make_app(full=args[:1] == [PICTURE])
+        if legacy.applies(args):
+            legacy.run(args)
+            return 0
+        # The flags of a task are generated from Request, which takes pydantic: only when one is called.
+        app = make_app(full=args[0] if args and args[0] in TASKS else None)
         code = int(app(args or ["--help"], prog_name="sfumato", standalone_mode=False) or 0)
     except ClickError as error:
-        return complain(str(getattr(error, "format_message", error.__str__)()) or "see `sfumato --help`")
+        message = str(getattr(error, "format_message", error.__str__)()) or "see `sfumato --help`"
+        return complain(message, as_json)
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # ImportError: an extra is not installed
         if os.environ.get(TRACEBACK):
             raise
-        return complain(str(error))
+        return complain(str(error), as_json)
+    except Interrupted as error:
+        print(f"interrupted: {error}", file=sys.stderr)
+        return INTERRUPTED
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
@@ -48,17 +78,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def with_command(args: list[str]) -> list[str]:
     """The arguments with `txt2img` in front where they start with a prompt or one of its flags.
 
-    A single word that is almost a command is left alone, to be refused as one.
+    A single word that is almost a command is left alone, to be refused as one. `--prompt TEXT` is the text alone,
+    unless the line is a research script's.
     """
+    if args and args[0] in TASKS and "--prompt" in args[:-1] and not legacy.applies(args):
+        at = args.index("--prompt")
+        return [*args[:at], *args[at + 1 :]]
     if not args or args[0] in (*COMMANDS, *GROUP_OPTIONS):
         return args
-    if " " not in args[0] and difflib.get_close_matches(args[0], COMMANDS, n=1, cutoff=0.75):
+    if (
+        not args[0].startswith("-")
+        and " " not in args[0]
+        and difflib.get_close_matches(args[0], COMMANDS, n=1, cutoff=0.75)
+    ):
         return args
-    return [PICTURE, *args]
+    return with_command([PICTURE, *args])
 
 
-def make_app(full: bool = True) -> typer.Typer:
-    """The typer application; without `full` the command txt2img has a name and a help text but no flags."""
+def make_app(full: str | None = PICTURE) -> typer.Typer:
+    """The typer application; of the tasks only `full` has its flags, the others a name and a help text."""
     app = typer.Typer(
         add_completion=False,
         rich_markup_mode="rich",
@@ -67,12 +105,15 @@ def make_app(full: bool = True) -> typer.Typer:
         help='Pictures out of noise. `sfumato "a red apple"` is short for `sfumato txt2img "a red apple"`.',
     )
     app.callback(invoke_without_command=True)(options)
-    if full:
-        from sfumato.cli import txt2img
+    for task, text in TASKS.items():
+        if task == full:
+            from sfumato.cli import txt2img
 
-        app.command(PICTURE)(txt2img.command())
-    else:
-        app.command(PICTURE)(placeholder)
+            app.command(task)(txt2img.command(task))
+        else:
+            app.command(task, help=f"{text} `sfumato {task} --help` lists the flags.")(placeholder)
+    app.command("replay")(replay.replay)
+    app.command("recipe")(replay.recipe)
     app.command("info")(info.info)
     app.command("convert")(convert.convert)
     app.command("models")(models.models)
@@ -94,10 +135,15 @@ def options(
 
 
 def placeholder() -> None:
-    """Make pictures from a prompt; `sfumato txt2img --help` lists the flags."""
+    """A task that was not called."""
 
 
-def complain(message: str) -> int:
-    """One line on stderr; returns the exit code of bad input."""
-    print("sfumato: " + " ".join(message.split()), file=sys.stderr)
+def complain(message: str, as_json: bool = False) -> int:
+    """One line on stderr, and on stdout as an event for programs; returns the exit code of bad input."""
+    line = " ".join(message.split())
+    if as_json:
+        from sfumato.cli.watch import emit
+
+        emit("error", message=line)
+    print(f"sfumato: {line}", file=sys.stderr)
     return 2

@@ -1,44 +1,83 @@
-"""`sfumato txt2img`: pictures from a prompt. Its flags are `Request`'s fields, and where the pictures go."""
+"""`sfumato txt2img` and its kin: pictures from a prompt, a picture, or both.
+
+Their flags are `Request`'s fields, and where the pictures go. The commands for tasks differ in what they insist on.
+"""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from sfumato.cli.places import Places
+from sfumato.cli.watch import Previews, Watch
 from sfumato.pipelines.request import Flag, Request, parse
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sfumato.pipelines.pipeline import Callback, Pipeline, Progress
+    from sfumato.pipelines.pipeline import Pipeline
 
-FOLDER = Path("outputs")
+# What a command insists on.
+NEEDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "txt2img": (),
+        "img2img": ("image",),
+        "inpaint": ("image", "mask"),
+        "depth2img": ("image",),
+        "upscale": ("image",),
+        "instruct": ("prompt", "image"),
+    }
+)
+HELP = MappingProxyType(
+    {
+        "txt2img": "Make pictures from a prompt; prints the path of each file.",
+        "img2img": "Make pictures from a picture and a prompt; --strength says how far they may leave it.",
+        "inpaint": "Repaint what is white in --mask.",
+        "depth2img": "Make pictures of the same depth as a picture, with a depth model.",
+        "upscale": "Enlarge a picture.",
+        "instruct": "Change a picture as an instruction says, with a model that follows such.",
+    }
+)
+# Commands that mean nothing to a model of another task, and a model to name.
+TASKS = MappingProxyType(
+    {
+        "depth2img": ("depth", "stabilityai/stable-diffusion-2-depth"),
+        "instruct": ("instruct", "timbrooks/instruct-pix2pix"),
+    }
+)
+RESEARCH = """
+
+The research scripts' flags work as well (--ckpt, --ddim_steps, --plms, --H, --W, --scale, --n_samples, --n_iter,
+--outdir, --from-file...): as soon as one of them is given, all flags, defaults and names of files are that script's.
+`sfumato {} --ddim_steps 50 --help` lists them."""
 
 
-def command() -> Callable[..., None]:
-    """The command as typer takes it: its signature lists Request's fields and the flags of `run`."""
+def command(name: str = "txt2img") -> Callable[..., None]:
+    """A command as typer takes it: its signature lists Request's fields and the flags of `run`."""
 
-    def txt2img(**given: Any) -> None:
+    def made(**given: Any) -> None:
         fields = {name: given.pop(name) for name in Request.model_fields}
-        run({name: value for name, value in fields.items() if value is not None}, **given)
+        run({name: value for name, value in fields.items() if value is not None}, name, **given)
 
-    own = [p for name, p in inspect.signature(run, eval_str=True).parameters.items() if name != "fields"]
-    generated = [_parameter(name) for name in Request.model_fields]
+    hidden = ("fields", "task")
+    own = [p for n, p in inspect.signature(run, eval_str=True).parameters.items() if n not in hidden]
+    generated = [_parameter(field) for field in Request.model_fields]
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*generated, *own)]
-    txt2img.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    txt2img.__annotations__ = {p.name: p.annotation for p in parameters}
-    txt2img.__doc__ = "Make pictures from a prompt; prints the path of each file."
-    return txt2img
+    made.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    made.__annotations__ = {p.name: p.annotation for p in parameters}
+    made.__doc__ = HELP[name] + (RESEARCH.format(name) if name in ("txt2img", "img2img") else "")
+    return made
 
 
 def run(
     fields: dict[str, Any],
+    task: str = "txt2img",
     out: Annotated[
         str | None,
         typer.Option("--out", "-o", help="File (of several: NAME-0.png...) or folder (default: outputs/00000.png...)."),
@@ -49,7 +88,7 @@ def run(
     ] = False,
     recipe: Annotated[
         Path | None,
-        typer.Option("--recipe", help="PNG of this program to make again, changed by the other flags."),
+        typer.Option("--recipe", help="Picture (of this program, A1111 or ComfyUI) to take all flags from but these."),
     ] = None,
     precision: Annotated[
         str | None,
@@ -63,111 +102,130 @@ def run(
         typer.Option("--batch", min=1, help="Pictures advanced together: faster, equal but for rounding."),
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
+    preview: Annotated[
+        str | None,
+        typer.Option(
+            "--preview", metavar="FILE", help="Write what is foreseen: to a PNG again and again, or a folder."
+        ),
+    ] = None,
+    preview_every: Annotated[
+        int, typer.Option("--preview-every", min=1, help="Steps from one preview to the next.")
+    ] = 1,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One line of JSON on stdout for each step, picture and preview.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only paths and errors.")] = False,
 ) -> None:
     """Make the pictures that `fields`, the given ones of Request's, describe."""
     if recipe is not None:
-        from sfumato.images import read_made_with, read_recipe
+        from sfumato.recipes.recipe import read
 
-        fields = read_recipe(recipe).model_dump() | fields
-        precision = precision or read_made_with(recipe).get("precision")
+        found = read(recipe)
+        tell(found.notes, quiet or as_json)
+        fields = {**found.fields, **fields}
+        precision = precision or as_then(found.made_with, device)
+    missing = [f"--{name}" if name != "prompt" else "a prompt" for name in NEEDS[task] if not fields.get(name)]
+    if missing:
+        raise ValueError(f"{task} needs {' and '.join(missing)}; see `sfumato {task} --help`")
     request = parse(**fields)
-    places = Places(out, request.num_images, grid)
+    places = Places(out, count(request), grid)
+    previews = None if preview is None else Previews(preview, preview_every)
+    pipe = opened(request, precision, device, batch, threads)
+    if task in TASKS and pipe.preset.task != TASKS[task][0]:
+        raise ValueError(
+            f"{task} needs a model that was made for it, which {request.model} ({pipe.preset.title}) was not; "
+            f"name one with --model, for example {TASKS[task][1]}"
+        )
+    singles = pipe.resolve(request)
+    with Watch(pipe, singles, quiet, as_json, previews) as watch:
+        write(pipe, request, singles, places, watch)
 
+
+def count(request: Request) -> int:
+    """How many pictures a request is for."""
+    return len(request.model_copy(update={"seed": 0, "variation_seed": 0}).singles())
+
+
+def opened(
+    request: Request, precision: str | None, device: str | None, batch: int | None, threads: int | None
+) -> Pipeline:
+    """The request's model, ready to run."""
     from sfumato.pipelines.pipeline import load
 
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    pipe = load(request.model, precision, device, batch, request.vae, request.base, request.prediction)
-    singles = pipe.resolve(request)
-    if not quiet:
-        print(describe(pipe, singles[0]), file=sys.stderr)
-    with progress_bar(len(singles), quiet) as report:
-        write(pipe, singles, places, report)
+    return load(request.model, precision, device, batch, request.vae, request.base, request.prediction)
 
 
-class Places:
-    """Where pictures and sheet are written; refuses at once what could not be written later."""
+def as_then(made_with: Mapping[str, Any], device: str | None) -> str | None:
+    """The precision that a picture was made in, unless it was made on a GPU and there is none now."""
+    import torch
 
-    def __init__(self, out: str | None, count: int, grid: bool) -> None:
-        path = FOLDER if out is None else Path(out)
-        is_folder = out is None or out.endswith(("/", "\\")) or path.is_dir()
-        self.folder = path if is_folder else path.parent
-        self.file = None if is_folder else path
-        self.several = count > 1
-        self.grid = grid and self.several
-        self.first: Path | None = None
-        if self.file is not None:
-            from sfumato.images import check_suffix
-
-            check_suffix(self.file)
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def picture(self, index: int) -> Path:
-        """The path of picture number `index`."""
-        if self.file is None:
-            from sfumato.images import next_path
-
-            path = next_path(self.folder)
-        else:
-            file = self.file
-            path = file.with_name(f"{file.stem}-{index}{file.suffix}") if self.several else file
-        self.first = self.first or path
-        return path
-
-    def sheet(self) -> Path:
-        """The path of the sheet of all pictures."""
-        if self.file is not None:
-            return self.file
-        assert self.first is not None
-        return self.first.with_name(f"{self.first.stem}-grid.png")
+    then = str(made_with.get("device", "cpu"))
+    there = torch.cuda.is_available() if device is None else not device.startswith("cpu")
+    return None if then.startswith("cuda") and not there else made_with.get("precision")
 
 
-def write(pipe: Pipeline, singles: Sequence[Request], places: Places, report: Callback | None) -> None:
-    """Make the pictures one group after the other; save and name each as soon as it is there."""
+class MadeWith:
+    """What besides the requests decides the exact pixels; the weights are read through while pictures are made."""
+
+    def __init__(self, pipe: Pipeline) -> None:
+        import torch
+
+        from sfumato.recipes.identity import Fingerprint
+        from sfumato.weights.hub import find_model
+        from sfumato.weights.model import locate
+
+        self.known: dict[str, Any] = {**pipe.made_with(), "threads": torch.get_num_threads()}
+        if pipe.batch is not None and pipe.batch > 1:
+            self.known["batch"] = pipe.batch
+        places = {"model": locate(pipe.model, pipe.runtime.dtype)}
+        vae = pipe.source["vae"]
+        if vae is not None:
+            places["vae"] = find_model(vae, "vae", pipe.runtime.dtype)
+        # Of a folder it is a sum over several files, which other programs should not take for a file's.
+        self.sums = {
+            f"{name}_hash" if path.is_file() else f"{name}_files_hash": Fingerprint(path)
+            for name, path in places.items()
+        }
+
+    def get(self) -> dict[str, Any]:
+        """Everything, waiting for the fingerprints."""
+        found = {name: fingerprint.get() for name, fingerprint in self.sums.items()}
+        return {**self.known, **{name: value for name, value in found.items() if value is not None}}
+
+
+def write(pipe: Pipeline, request: Request, singles: Sequence[Request], places: Places, watch: Watch) -> list[Path]:
+    """Make the pictures one group after the other; save and name each as soon as it is there.
+
+    request: what `singles` come from. Returns the paths, the sheet's last.
+    """
     from sfumato import images
+    from sfumato.pipelines.matrix import columns_of
 
-    made_with = pipe.made_with()
+    made_with = MadeWith(pipe)
     pictures: list[Image] = []
-    for i, (request, picture) in enumerate(pipe.stream(singles, report)):
-        path = places.picture(i)
-        images.save(picture, path, request, made_with)
-        print(path, flush=True)
+    paths: list[Path] = []
+    for i, (single, picture) in enumerate(pipe.stream(singles, watch.step)):
+        paths.append(places.picture(i, picture, single, made_with.get()))
+        watch.picture(i, paths[-1], single)
         if places.grid:
             pictures.append(picture)
     if places.grid:
-        whole = singles[0].model_copy(update={"num_images": len(singles)})
-        images.save(images.grid(pictures), places.sheet(), whole, made_with)
-        print(places.sheet(), flush=True)
+        unlike = {name: getattr(request, name) for name in ("prompt", "num_images", "prompt_matrix")}
+        columns = columns_of(request.prompt) * request.num_images if request.prompt_matrix else None
+        sheet = images.grid(pictures, columns)
+        paths.append(places.sheet(sheet, singles[0].model_copy(update=unlike), made_with.get()))
+        watch.sheet(paths[-1])
+    return paths
 
 
-def describe(pipe: Pipeline, request: Request) -> str:
-    """One line on what is about to happen, and why there."""
-    return (
-        f"{request.model} ({pipe.preset.title}), seed {request.seed}, {request.width}x{request.height}, "
-        f"{request.num_inference_steps} steps of {request.sampler} ({request.spacing}), "
-        f"guidance {request.guidance_scale:g}; {pipe.runtime.reason}"
-    )
-
-
-@contextmanager
-def progress_bar(pictures: int, quiet: bool) -> Iterator[Callback | None]:
-    """A bar on stderr while it is a terminal; gives the callback that moves it, or None."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    with Bar(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("denoising", total=None)
-
-        def report(step: Progress) -> None:
-            bar.update(task, advance=1, total=step.total * pictures)
-
-        yield report
+def tell(notes: Sequence[str], quiet: bool) -> None:
+    """A line on stderr for each note."""
+    for note in () if quiet else notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _parameter(name: str) -> inspect.Parameter:
@@ -175,7 +233,13 @@ def _parameter(name: str) -> inspect.Parameter:
     field = Request.model_fields[name]
     kind: Any = next((a for a in get_args(field.annotation) if a is not type(None)), field.annotation)
     flag = next((extra for extra in field.metadata if isinstance(extra, Flag)), Flag())
-    names = (*flag.names, f"--{name.replace('_', '-')}")
+    long = name.replace("_", "-")
+    if kind is bool:
+        switch = typer.Option(*flag.names, f"--{long}/--no-{long}", help=field.description, show_default=False)
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[bool | None, switch]
+        )
+    names = (*flag.names, f"--{long}")
     # Text is handed on as it is: Request alone says what is a number, and words the errors.
     role: Any = typer.Option(*names, help=field.description, metavar=flag.value or kind.__name__.upper())
     if name == "prompt":

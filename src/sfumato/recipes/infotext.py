@@ -26,6 +26,12 @@ SIMPLE: Mapping[str, tuple[str, type]] = MappingProxyType(
         "Denoising strength": ("strength", float),
         "Model": ("model", str),
         "VAE": ("vae", str),
+        "Variation seed": ("variation_seed", int),
+        "Variation seed strength": ("variation_strength", float),
+        "Mask blur": ("mask_blur", float),
+        "Masked area padding": ("mask_padding", int),
+        "Hires upscale": ("hires_scale", float),
+        "Hires strength": ("hires_strength", float),
         "Eta": ("eta", float),
         "Eta DDIM": ("eta", float),
     }
@@ -56,6 +62,9 @@ AUTOMATIC: Mapping[str, str] = MappingProxyType(
         "dpm2_a": "karras",
         "restart": "karras",
     }
+)
+CONTENT = MappingProxyType(
+    {"original": "original", "fill": "fill", "noise": "latent noise", "nothing": "latent nothing"}
 )
 OWN_TIMES = ("ddim", "plms", "unipc", "ddpm", "lcm", "tcd")  # samplers that do not take k-diffusion's sigmas there
 
@@ -92,11 +101,19 @@ def write(request: Request, made_with: Mapping[str, Any] | None = None) -> str:
         "Model": _name(request.model),
         "VAE hash": extra.get("vae_hash"),
         "VAE": None if request.vae is None else Path(request.vae).name,
-        "Denoising strength": _number(request.strength),
+        "Variation seed": request.variation_seed if request.variation_strength else None,
+        "Variation seed strength": _number(request.variation_strength or None),
+        "Denoising strength": _number(request.strength if request.hires_scale is None else request.hires_strength),
         # Counted from 1 there.
         "Clip skip": request.clip_skip + 1 if request.clip_skip else None,
         "Eta": _number(request.eta),
         "RNG": "CPU",
+        "Hires upscale": _number(request.hires_scale),
+        "Hires upscaler": request.hires_upscaler.capitalize() if request.hires_upscaler else None,
+        "Mask blur": _number(request.mask_blur),
+        "Masked content": CONTENT.get(request.masked_content or ""),
+        "Inpaint area": "Only masked" if request.only_masked else None,
+        "Masked area padding": request.mask_padding,
         "Version": f"sfumato {__version__}",
     }
     line = ", ".join(f"{key}: {quoted(str(value))}" for key, value in values.items() if value is not None)
@@ -133,10 +150,8 @@ def fields(text: Infotext) -> tuple[dict[str, Any], list[str]]:
     found: dict[str, Any] = {"prompt": text.prompt, "negative_prompt": text.negative_prompt}
     notes: list[str] = []
     values: dict[str, str] = dict(text.values)
-    hires = any(key.startswith("Hires") for key in values)
-    if hires and "Denoising strength" in values:
-        del values["Denoising strength"]
-        notes.append("the picture was enlarged in a second pass (Hires); only the first pass is described")
+    if "Hires upscale" in values:  # the strength is the second pass's
+        values["Hires strength"] = values.pop("Denoising strength", "0.7")
     for key, (name, kind) in SIMPLE.items():
         if key in values:
             try:
@@ -149,7 +164,7 @@ def fields(text: Infotext) -> tuple[dict[str, Any], list[str]]:
     skip = values.get("Clip skip", "1")
     if skip.isdigit() and int(skip) > 1:
         found["clip_skip"] = int(skip) - 1
-    found |= _way(values, notes)
+    found |= _way(values, notes) | _choices(values)
     if "strength" in found:
         notes.append("it was made from an image, which is not part of the text: give it again (--image)")
     if found.get("model", "").lower() in ("", "none"):
@@ -193,6 +208,23 @@ def _way(values: dict[str, str], notes: list[str]) -> dict[str, str]:
     if spacing is not None:
         way["spacing"] = spacing
     return way
+
+
+def _choices(values: dict[str, str]) -> dict[str, Any]:
+    """Fields that are one of a few words; takes what it understood out of `values`."""
+    found: dict[str, Any] = {}
+    content = {theirs: ours for ours, theirs in CONTENT.items()}.get(values.get("Masked content", ""))
+    if content is not None:
+        found["masked_content"] = content
+        del values["Masked content"]
+    if values.get("Inpaint area", "").lower() == "only masked":
+        found["only_masked"] = True
+        del values["Inpaint area"]
+    upscaler = values.get("Hires upscaler", "").lower()
+    if upscaler in ("latent", "lanczos"):
+        found["hires_upscaler"] = upscaler
+        del values["Hires upscaler"]
+    return found
 
 
 def _unquoted(value: str) -> str:

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 
 from sfumato.diffusion.config import CONFIG_NAME
+from sfumato.presets import BUILT_IN
 from sfumato.weights.folder import ADAPTER, CONFIG, INDEX, LAYOUTS, WEIGHTS, choose, read_index, shards
 
 Kind = Literal["model", "lora", "embedding", "vae"]
@@ -110,10 +111,15 @@ def find_file(kind: Kind, name: str) -> Path:
         raise ValueError(f"{name!r} may be {' or '.join(map(str, same))}; give the path, or more of it")
     what = f"no {kind} {name!r}: it is no path, and not below {root}"
     known = {_stem(place): place.name for place in found}
+    hub = ""
+    if kind == "model":
+        what = f"no model {name!r}: it is no path, no built-in model ({', '.join(BUILT_IN)}), and not below {root}"
+        known |= {title: title for title in BUILT_IN}
+        hub = ", or give a hub id (owner/name)"
     near = difflib.get_close_matches(_stem(Path(name)), known, n=3, cutoff=0.6)
     if near:
         raise FileNotFoundError(f"{what}; did you mean {' or '.join(_shown(known[n]) for n in near)}?")
-    raise FileNotFoundError(f"{what}; put it there, or name the folder that has it in ${MODELS}")
+    raise FileNotFoundError(f"{what}; put it there, or name the folder that has it in ${MODELS}{hub}")
 
 
 def stored(root: Path) -> Iterator[Path]:
