@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
@@ -99,17 +100,13 @@ def weights(mask: Image.Image, request: Request) -> Tensor:
 
 
 def grown(image: Image.Image, mask: Image.Image, sides: Sequence[int]) -> tuple[Image.Image, Image.Image]:
-    """Picture and mask with room at the left, right, top and bottom, masked and filled from the picture."""
+    """Picture and mask with room at the left, right, top and bottom: masked, and in the colours of the edges."""
     if not any(sides):
         return image, mask
     left, right, top, bottom = sides
-    size = image.width + left + right, image.height + top + bottom
-    room, free = Image.new("RGB", size), Image.new("L", size, 255)
-    room.paste(image, (left, top))
-    free.paste(mask, (left, top))
-    new = Image.new("L", size, 255)
-    new.paste(0, (left, top, left + image.width, top + image.height))
-    return from_around(room, new), free
+    room = np.pad(np.asarray(image), ((top, bottom), (left, right), (0, 0)), mode="edge")
+    free = np.pad(np.asarray(mask), ((top, bottom), (left, right)), constant_values=255)
+    return Image.fromarray(room), Image.fromarray(free)
 
 
 def around(lit: Box, whole: tuple[int, int], size: tuple[int, int], padding: int) -> Box:
@@ -153,34 +150,17 @@ def letterbox(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def from_around(image: Image.Image, mask: Image.Image) -> Image.Image:
-    """A picture with what is masked replaced by the colours around it, nearer ones first.
+    """A picture with what is masked replaced by the colours around it (Gortler et al. 1996, pull and push).
 
-    The mean of what is known within a radius, for radii that double until every pixel has seen something known.
+    Means of what is known are taken on coarser and coarser grids, and fill the gaps of the finer ones.
     """
-    known = 1 - np.asarray(mask, dtype=np.float32)[..., None] / 255  # (H, W, 1)
-    colours = np.asarray(image, dtype=np.float32)  # (H, W, 3)
-    if known.max() <= 0:
-        return Image.new("RGB", image.size, (127, 127, 127))
-    out, seen = colours * known, known
-    radius = 1
-    while seen.min() < 0.999 and radius <= 2 * max(image.size):
-        near, share = (box_mean(a, radius) for a in (colours * known, known))
-        mean = near / np.maximum(share, 1e-6)
-        gain = (1 - seen) * np.minimum(share / 0.25, 1)
-        out, seen = out + gain * mean, seen + gain
-        radius *= 2
-    out = out / np.maximum(seen, 1e-6)
-    return Image.fromarray(out.round().clip(0, 255).astype(np.uint8))
-
-
-def box_mean(a: np.ndarray, radius: int) -> np.ndarray:
-    """The mean of (H, W, C) over a square of 2 radius + 1, counting nothing outside of the picture, twice over."""
-    for _ in range(2):
-        for axis in (0, 1):
-            sums = np.cumsum(a, axis=axis, dtype=np.float64)
-            sums = np.concatenate([np.zeros_like(np.take(sums, [0], axis)), sums], axis)
-            n = a.shape[axis]
-            ends = np.minimum(np.arange(n) + radius + 1, n)
-            begins = np.maximum(np.arange(n) - radius, 0)
-            a = ((np.take(sums, ends, axis) - np.take(sums, begins, axis)) / (2 * radius + 1)).astype(np.float32)
-    return a
+    known = 1 - torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255  # (1, 1, H, W)
+    colours = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    grids = [torch.cat([colours * known, known], 1)]
+    while max(grids[-1].shape[2:]) > 1:
+        grids.append(F.avg_pool2d(grids[-1], 2, ceil_mode=True, count_include_pad=False))
+    *finer, last = grids
+    x = last[:, :3] / last[:, 3:].clamp(min=1e-9)  # (1, 3, 1, 1)
+    for grid in reversed(finer):
+        x = grid[:, :3] + (1 - grid[:, 3:]) * F.interpolate(x, size=grid.shape[2:], mode="bilinear")
+    return Image.fromarray(x[0].permute(1, 2, 0).round().clamp(0, 255).numpy().astype(np.uint8))
