@@ -46,7 +46,6 @@ __all__ = [
     "Pipeline",
     "PipelineOutput",
     "Progress",
-    "StableDiffusionPipeline",
     "load",
 ]
 
