@@ -136,7 +136,7 @@ def test_starting_in_the_middle_continues_the_grid() -> None:
         plan = scheduler.plan(10)
         start = 6 if isinstance(scheduler, PNDMScheduler) else 5  # PLMS lists its second time twice
         y = loop(scheduler, x / scheduler.scale(plan.grid[5]), noise_of(0)[0], start)
-        rest = (plan.midway or plan.sampler, x, plan.grid[5:])
+        rest = (scheduler.entered(plan, 5), x, plan.grid[5:])
         (theirs,) = drive([Run.begin(*rest, noise_of(0)[1], Plain(Cond()), "epsilon")], net)
         apart = (y - theirs).abs().max().item() / theirs.abs().max().item()
         print(f"{type(scheduler).__name__}: {apart:.1e}")

@@ -9,7 +9,7 @@ timestep that comes next.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Protocol
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .grid import level_range
 from .path import END, FlowPath, Point
-from .samplers import get_sampler
+from .samplers import Sampler, Steps, get_sampler
 from .scheduler import Generators, Plan, Scheduler, StepOutput
 from .table import LEVELS, TableScheduler, threshold
 
@@ -151,6 +151,11 @@ class PNDMScheduler(TableScheduler):
         half = self.num_train_timesteps // steps // 2
         middle = [self.path.point(p.t + half) for p in points[1:4]]
         return Plan(partial(run, warmup="runge_kutta", middle=middle), grid, midway=midway)
+
+    def entered(self, plan: Plan, index: int) -> Sampler:
+        """As diffusers does it: without Runge-Kutta steps, the warm-up slips past a step."""
+        run: Callable[..., Steps] = plan.sampler
+        return partial(run, slip=True) if index > 0 and self.skip_prk_steps else super().entered(plan, index)
 
     @property
     def prk_timesteps(self) -> Tensor:
@@ -287,6 +292,10 @@ class LMSDiscreteScheduler(StraightScheduler):
     def __post_init__(self) -> None:
         self.allow("prediction_type", "epsilon", "sample", "v_prediction")
         self.settle("lms", self.prediction_type, self.timestep_spacing, self.steps_offset, straight=True)
+
+    def entered(self, plan: Plan, index: int) -> Sampler:
+        """As diffusers does it: steps before the first one have no slope, but weight."""
+        return partial(self.entry.run, before=plan.grid[:index])
 
 
 @dataclass(eq=False)

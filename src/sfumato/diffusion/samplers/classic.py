@@ -81,19 +81,21 @@ def dpm2(x: Tensor, grid: Sequence[Point], noise: Noise) -> Steps:
 
 
 @sampler("lms", order=2)
-def lms(x: Tensor, grid: Sequence[Point], noise: Noise, history: int = 4) -> Steps:
+def lms(x: Tensor, grid: Sequence[Point], noise: Noise, history: int = 4, before: Sequence[Point] = ()) -> Steps:
     """Linear multistep, as in k-diffusion: Adams-Bashforth on an uneven grid, from up to `history` slopes.
 
     The first steps have fewer slopes to look back on, which bounds the order of the whole at 2.
+    before: points of a grid that was entered midway; the slopes there count as zero, which is what diffusers makes of
+            such a run. Without them the slopes that there are have all the weight.
     """
     line = Straight(grid)
-    where = [p.sigma / line.scale(p) for p in grid]
+    where = [p.sigma / line.scale(p) for p in (*before, *grid)]
     past: list[Tensor] = []  # newest first
-    for i, (a, b) in enumerate(pairwise(grid)):
+    for i, (a, b) in enumerate(pairwise(grid), len(before)):
         x, x0 = yield x, a
         past = [line.slope(x, x0, a), *past][:history]
-        weights = lagrange_means(where[i::-1][: len(past)], where[i], where[i + 1])
-        x = line.advance(x, weighted(weights, past), a, b)
+        weights = lagrange_means(where[i::-1][:history], where[i], where[i + 1])
+        x = line.advance(x, weighted(weights[: len(past)], past), a, b)
     return x
 
 
@@ -105,6 +107,7 @@ def plms(
     warmup: Literal["heun", "runge_kutta", "none"] = "heun",
     middle: Sequence[Point] = (),
     mix: Literal["slope", "v"] = "slope",
+    slip: bool = False,
 ) -> Steps:
     """Pseudo linear multistep (Liu et al. 2022, PNDM): even-grid Adams-Bashforth weights on slopes.
 
@@ -113,10 +116,14 @@ def plms(
             with Euler.
     mix:    what is weighted: slopes (eps on a variance-preserving path), or v, which diffusers does for models
             that say v and which is of first order only.
+    slip:   the second step is left out and its sample taken for one at its end, which is what diffusers makes of a
+            run that enters a grid midway: its warm-up expects the second point twice and gets it once.
     """
     line: Straight | Turning = Straight(grid) if mix == "slope" else Turning()
     past: list[Tensor] = []  # newest first
     for i, (a, b) in enumerate(pairwise(grid)):
+        if slip and i == 1:
+            continue
         if warmup == "runge_kutta" and i < len(middle):
             x, slope = yield from runge_kutta(x, (a, middle[i], b), line)
             past.insert(0, slope)
