@@ -68,8 +68,8 @@ class Door(Switches):
 
     def _take(self, parts: Components, runtime: Runtime | None, name: str) -> None:
         """Take the parts of a model, which is moved and converted to the runtime."""
-        door, text = type(self).__name__, parts.text_encoder
-        if not isinstance(text, CLIPTextModel) or not isinstance(parts.tokenizer, ClipTokenizer):
+        door, text, tokenizer = type(self).__name__, parts.text_encoder, parts.tokenizer
+        if not isinstance(text, CLIPTextModel) or not isinstance(tokenizer, ClipTokenizer):
             raise ValueError(f"{door} is for models with a CLIP text encoder; open this one with sfumato.load")
         extra = parts.unet.config.in_channels - parts.vae.config.latent_channels
         family = self.families.get(extra)
@@ -84,7 +84,7 @@ class Door(Switches):
             parts.depth_estimator,
         )  # fmt: skip
         self._pipe = Pipeline(parts, runtime, name)
-        self._adapted = Adapted(parts.unet, text, parts.tokenizer)
+        self._adapted = Adapted(parts.unet, text, tokenizer)
         self.image_processor = ImageProcessor(self.vae_scale_factor, self.resample, channels=self.latent_channels)
         self._progress: dict[str, Any] = {}
         self.safety_checker: Any = None

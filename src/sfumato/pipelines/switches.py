@@ -32,10 +32,12 @@ class Switches:
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
         """Compute the heads of attention in slices: half of them at a time ("auto"), one ("max"), or so many."""
+        if isinstance(slice_size, str) and slice_size not in ("auto", "max"):
+            raise ValueError(f"slice_size = {slice_size!r}; give 'auto', 'max' or a number of heads")
         for module in self.unet.modules():
             if isinstance(module, Attention):
-                auto, one = max(1, module.heads // 2), 1
-                module.sliced = {"auto": auto, "max": one}.get(str(slice_size), slice_size)  # type: ignore[assignment]
+                auto = max(1, module.heads // 2) if slice_size == "auto" else 1
+                module.sliced = auto if isinstance(slice_size, str) else slice_size
 
     def disable_attention_slicing(self) -> None:
         """Compute all heads at once again."""

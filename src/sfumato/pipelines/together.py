@@ -9,7 +9,7 @@ B pictures, C latent channels, h w latent height and width, n given pictures.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from sfumato.cond import Cond
 from sfumato.diffusion.around import Limited, Rescale
 from sfumato.diffusion.drive import Run
 from sfumato.diffusion.guidance import CFG, Guidance, InstructCFG, Plain
+from sfumato.diffusion.keep import Keep
 from sfumato.diffusion.path import Point, add_noise
 from sfumato.diffusion.prediction import get_prediction
 from sfumato.diffusion.samplers import evaluations
@@ -87,10 +88,12 @@ class Together(Setting):
         plan, scheduler = self.plan, self.scheduler
         index = skipped(len(plan.grid) - 1, self.strength)
         place, points = index * scheduler.order, evaluations(plan.sampler, plan.grid)
-        if points[place] in plan.grid:  # else it lies inside a step
+        sampler = plan.sampler if index == 0 else plan.midway or plan.sampler
+        # Else it lies inside a step, or is asked about once more right after.
+        if points[place] in plan.grid and points[place] not in points[place + 1 : place + 2]:
             index = scheduler.asked_from(plan, place)
+            sampler = scheduler.entered(plan, index)
         x = add_noise(self.rows(z), eps, plan.grid[index])
-        sampler = scheduler.entered(plan, index)
         return Start(x, plan.grid[index:], sampler, None if concat is None else self.rows(concat))
 
 
@@ -197,9 +200,14 @@ class Watcher:
         """After a step; False once the door was told to stop."""
         i, last = self.done, self.done == len(self.times) - 1
         self.done += 1
+        if run.result is not None and isinstance(run.guidance, Keep):
+            run.x = run.result = run.guidance.ended(run.result)
         t: Any = self.times[i] if i < len(self.times) else math.nan
         if self.on_end is not None:
-            tensors = {"latents": self.latents(run), "prompt_embeds": self.words.joined(self.task)}
+            tensors: dict[str, Tensor | None] = {
+                "latents": self.latents(run),
+                "prompt_embeds": self.words.joined(self.task),
+            }
             tensors["negative_prompt_embeds"] = self.words.uncond
             self.take(run, self.on_end(self.door, i, t, {name: tensors[name] for name in self.names}) or {})
         if last or (i + 1 > self.warm and (i + 1) % self.scheduler.order == 0):
@@ -239,7 +247,7 @@ class Bar:
         console = Console(stderr=True)
         shown = (console.is_terminal or console.is_jupyter) and not config.get("disable", False)
         self.iterable = iterable
-        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+        self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
         self.bar = Progress(console=console, disable=not shown, transient=not config.get("leave", True))
         self.task = self.bar.add_task(str(config.get("desc") or ""), total=self.total)
 
