@@ -129,5 +129,5 @@ def test_a_file_that_is_there_stays(tmp_path: Path) -> None:
 def test_damaged_files_are_refused_in_one_line(tmp_path: Path, keep: int) -> None:
     images.save(noise((64, 64)), tmp_path / "a.png", parse(prompt="a cat"))
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:keep])
-    with pytest.raises(ValueError, match="is not a picture|cannot be read|carries no recipe"):
+    with pytest.raises(ValueError, match=r"is not a picture|cannot be read|carries no recipe"):
         recipe.read(tmp_path / "a.png")

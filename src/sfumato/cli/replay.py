@@ -90,7 +90,7 @@ def recipe(
 
         print(found.text or infotext.write(found.request))
     else:
-        rows = {"made with": found.program, **shown(found.fields), **told(found.made_with)}
+        rows = {"program": found.program, **shown(found.fields), **told(found.made_with)}
         width = max(map(len, rows))
         for name, value in rows.items():
             text = str(value).replace("\n", "\n" + " " * (width + 2))

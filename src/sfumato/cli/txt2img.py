@@ -38,9 +38,10 @@ HELP = MappingProxyType(
     {
         "txt2img": "Make pictures from a prompt; prints the path of each file.",
         "img2img": "Make pictures from a picture and a prompt; --strength says how far they may leave it.",
-        "inpaint": "Repaint what is white in --mask.",
+        "inpaint": "Repaint what is white in --mask, or let a picture grow by --outpaint.",
         "depth2img": "Make pictures of the same depth as a picture, with a depth model.",
-        "upscale": "Enlarge a picture.",
+        "upscale": "Enlarge a picture: by the factor of a model made for it; with another model twice (or to --width "
+        "and --height), redrawn at --strength 0.4.",
         "instruct": "Change a picture as an instruction says, with a model that follows such.",
     }
 )
@@ -51,6 +52,7 @@ TASKS = MappingProxyType(
         "instruct": ("instruct", "timbrooks/instruct-pix2pix"),
     }
 )
+CLOSE = 0.4  # strength that keeps what an image shows
 RESEARCH = """
 
 The research scripts' flags work as well (--ckpt, --ddim_steps, --plms, --H, --W, --scale, --n_samples, --n_iter,
@@ -125,7 +127,7 @@ def run(
         fields = {**found.fields, **fields}
         precision = precision or as_then(found.made_with, device)
     missing = [f"--{name}" if name != "prompt" else "a prompt" for name in NEEDS[task] if not fields.get(name)]
-    if missing:
+    if missing and not (missing == ["--mask"] and fields.get("outpaint")):
         raise ValueError(f"{task} needs {' and '.join(missing)}; see `sfumato {task} --help`")
     request = parse(**fields)
     places = Places(out, count(request), grid)
@@ -136,6 +138,8 @@ def run(
             f"{task} needs a model that was made for it, which {request.model} ({pipe.preset.title}) was not; "
             f"name one with --model, for example {TASKS[task][1]}"
         )
+    if task == "upscale" and pipe.preset.task != task:
+        request = enlarged(request)
     singles = pipe.resolve(request)
     with Watch(pipe, singles, quiet, as_json, previews) as watch:
         write(pipe, request, singles, places, watch)
@@ -144,6 +148,16 @@ def run(
 def count(request: Request) -> int:
     """How many pictures a request is for."""
     return len(request.model_copy(update={"seed": 0, "variation_seed": 0}).singles())
+
+
+def enlarged(request: Request) -> Request:
+    """An image to be enlarged by a model that was not made for it: image to image at twice the size, close to it."""
+    from sfumato.pipelines.inputs import open_picture
+
+    changes: dict[str, Any] = {"strength": CLOSE} if request.strength is None else {}
+    if request.width is None and request.height is None and request.image is not None:
+        changes["width"] = open_picture(request.image, "image").width * 2
+    return parse(**{**request.model_dump(), **changes})
 
 
 def opened(

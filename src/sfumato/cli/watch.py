@@ -118,7 +118,7 @@ class Watch:
         if not self.quiet and sys.stderr.isatty():
             self._bar = bar()
             self._bar.__enter__()
-            self._task = self._bar.add_task("", total=None, speed="")
+            self._task = self._bar.add_task("denoising", total=None, speed="")
         return self
 
     def __exit__(
