@@ -93,6 +93,12 @@ def test_pictures_of_comfyui(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 2 and err.endswith("sfumato: a.png does not name its model; name one with --model\n")
 
 
+def test_info_on_a_picture_says_what_to_ask(capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (8, 8)).save("a.png")
+    code, _, err = sfumato(capsys, "info", "a.png")
+    assert code == 2 and "`sfumato recipe a.png`" in err and err.count("\n") == 1, err
+
+
 @pytest.mark.parametrize("command", ["replay", "recipe"])
 @pytest.mark.parametrize(
     ("content", "message"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from sfumato.weights.report import Report
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 NAMES = 12  # names listed before "and n more"
 
 
@@ -23,6 +25,8 @@ def info(
     from sfumato.weights.model import locate
     from sfumato.weights.report import bad_numbers, report
 
+    if model.lower().endswith(PICTURES) and Path(model).is_file():
+        raise ValueError(f"{model} is a picture; `sfumato recipe {model}` says what it was made from")
     path = locate(model)
     found = report(path)
     bad = bad_numbers(path) if check else None

@@ -81,13 +81,13 @@ class Parser(argparse.ArgumentParser):
             message = (
                 f"{word} is not one of the research script's flags, which the others are, and they do not mix{hint}"
             )
-        raise ValueError(f"{message}; see `{self.prog} --help`")
+        raise ValueError(f"{message}; see `{self.prog} --ddim_steps 50 --help`")
 
 
 def parser(script: str) -> Parser:
     """The flags of a script with its defaults."""
     image = script == "img2img"
-    made = Parser(f"sfumato {script} --ddim_steps 50", allow_abbrev=False, epilog=EPILOG)
+    made = Parser(f"sfumato {script}", allow_abbrev=False, epilog=EPILOG)
     add = made.add_argument
     add("--prompt", default=PROMPT, help="the prompt to render")
     if image:

@@ -53,11 +53,11 @@ TASKS = MappingProxyType(
     }
 )
 CLOSE = 0.4  # strength that keeps what an image shows
-RESEARCH = """
-
-The research scripts' flags work as well (--ckpt, --ddim_steps, --plms, --H, --W, --scale, --n_samples, --n_iter,
---outdir, --from-file...): as soon as one of them is given, all flags, defaults and names of files are that script's.
-`sfumato {} --ddim_steps 50 --help` lists them."""
+RESEARCH = (
+    "\n\nThe research scripts' flags work as well (--ckpt, --ddim_steps, --plms, --H, --W, --scale, --n_samples, "
+    "--n_iter, --outdir, --from-file...): as soon as one of them is given, all flags, defaults and names of files are that "
+    "script's. `sfumato {} --ddim_steps 50 --help` lists them."
+)
 
 
 def command(name: str = "txt2img") -> Callable[..., None]:
