@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     )
     from sfumato.diffusion.scheduler import Scheduler
     from sfumato.pipelines.doors import (
+        AutoPipelineForImage2Image,
+        AutoPipelineForInpainting,
+        AutoPipelineForText2Image,
+        DiffusionPipeline,
         StableDiffusionDepth2ImgPipeline,
         StableDiffusionImg2ImgPipeline,
         StableDiffusionInpaintPipeline,
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
     )
     from sfumato.pipelines.pipeline import Pipeline, PipelineOutput, load
     from sfumato.pipelines.request import Request
+    from sfumato.pipelines.restore import restore
 
 __version__ = "0.1.0"
 
@@ -88,6 +93,10 @@ _HOMES = {
     ),
     "sfumato.diffusion.scheduler": ("Scheduler",),
     "sfumato.pipelines.doors": (
+        "DiffusionPipeline",
+        "AutoPipelineForText2Image",
+        "AutoPipelineForInpainting",
+        "AutoPipelineForImage2Image",
         "StableDiffusionDepth2ImgPipeline",
         "StableDiffusionImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",
@@ -108,9 +117,13 @@ _HOMES = {
         "load",
     ),
     "sfumato.pipelines.request": ("Request",),
+    "sfumato.pipelines.restore": ("restore",),
 }
 
 __all__ = [
+    "AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting",
+    "AutoPipelineForText2Image",
     "AutoencoderKL",
     "CLIPTextModel",
     "CLIPTokenizer",
@@ -122,6 +135,7 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
+    "DiffusionPipeline",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
@@ -148,6 +162,7 @@ __all__ = [
     "UniPCMultistepScheduler",
     "__version__",
     "load",
+    "restore",
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 import sfumato
 from sfumato.models.layers import Attention
@@ -134,6 +133,7 @@ def test_a_loop_written_for_diffusers_runs_unchanged_but_for_the_import(tiny_fol
     assert [picture.size for picture in ours["pil_images"]] == [(24, 40)]
 
 
+@torch.no_grad()
 def test_prompts_and_latents_step_by_step(pipe: Any, peer: Any) -> None:
     call = ([PROMPT, "a cat"], "cpu", 2, True, [NEGATIVE, ""])
     for name in ("encode_prompt", "_encode_prompt"):
@@ -226,82 +226,6 @@ def test_older_callbacks_and_stopping(pipe: Any, peer: Any) -> None:
         pipe(**CALL, callback_on_step_end=stop, callback_on_step_end_tensor_inputs=["image_embeds"])
 
 
-TOWERS = {"unet": ("to_q", "to_v"), "text_encoder": ("q_proj", "v_proj")}
-
-
-def lora(path: Path, door: Any, seed: int, towers: Sequence[str]) -> Path:
-    """An adapter file on the attention of a door's networks, in diffusers' spelling."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for tower in towers:
-        for name, module in getattr(door, tower).named_modules():
-            if name.endswith(TOWERS[tower]):
-                down, up = (4, module.in_features), (module.out_features, 4)
-                tensors[f"{tower}.{name}.lora_A.weight"] = torch.randn(down, generator=generator) * 0.3
-                tensors[f"{tower}.{name}.lora_B.weight"] = torch.randn(up, generator=generator) * 0.3
-    save_file(tensors, path)
-    return path
-
-
-def test_adapters_act_as_in_diffusers(pipe: Any, peer: Any, tmp_path: Path) -> None:
-    # The second on the U-Net alone: diffusers draws anew what two hold of the text tower, under transformers 5.
-    lora(tmp_path / "one.safetensors", pipe, 1, list(TOWERS))
-    lora(tmp_path / "two.safetensors", pipe, 2, ["unet"])
-
-    def both(what: str, difference: bool = True, **more: Any) -> None:
-        ours, theirs = (p(**CALL, **more, generator=seeded()).images for p in (pipe, peer))
-        print(f"{what}: {largest(ours, theirs):.5f} of 255")
-        assert largest(ours, theirs) <= 0.01
-        assert (largest(ours, plain) > 0.5) == difference, what
-
-    plain = pipe(**CALL, generator=seeded()).images
-    for door in (pipe, peer):
-        door.load_lora_weights(str(tmp_path), weight_name="one.safetensors", adapter_name="one")
-    both("one")
-    both("one at 0.4", cross_attention_kwargs={"scale": 0.4})
-    both("one again")
-    for door in (pipe, peer):
-        door.load_lora_weights(str(tmp_path / "two.safetensors"), adapter_name="two")
-    assert pipe.get_active_adapters() == ["two"]
-    for door in (pipe, peer):
-        door.set_adapters(["one", "two"], adapter_weights=[0.7, -0.4])
-    both("one and two")
-    assert {tuple(v) for v in pipe.get_list_adapters().values()} == {("one", "two")}
-    for door in (pipe, peer):
-        door.disable_lora()
-    both("disabled", difference=False)
-    for door in (pipe, peer):
-        door.enable_lora()
-        door.set_adapters("one")
-        door.fuse_lora(lora_scale=0.5)
-    both("fused")
-    for door in (pipe, peer):
-        door.unfuse_lora()
-        door.unload_lora_weights()
-    both("unloaded", difference=False)
-    assert largest(pipe(**CALL, generator=seeded()).images, plain) == 0
-    with pytest.raises(ValueError, match="no adapter 'three' is loaded; loaded: none"):
-        pipe.set_adapters("three")
-
-
-def test_learned_words(pipe: Any, peer: Any, tmp_path: Path) -> None:
-    vectors = torch.randn((2, 32), generator=seeded()) * 0.05
-    save_file({"<toy>": vectors}, tmp_path / "learned_embeds.safetensors")
-    for door in (pipe, peer):
-        door.load_textual_inversion(str(tmp_path / "learned_embeds.safetensors"), token="<toy>")
-    call = CALL | {"prompt": "a <toy> on a blue background"}
-    ours, theirs = (p(**call, generator=seeded()).images for p in (pipe, peer))
-    assert largest(ours, theirs) <= 0.01
-    pipe.save_pretrained(tmp_path / "saved")
-    again = sfumato.StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
-    assert largest(pipe(**call, generator=seeded()).images, ours) == 0
-    pipe.unload_textual_inversion("<toy>")
-    for door in (pipe, again):
-        assert largest(door(**call, generator=seeded()).images, ours) > 0.1
-    with pytest.raises(ValueError, match="no word '<toy>' was learned"):
-        pipe.unload_textual_inversion("<toy>")
-
-
 def test_switches_switch(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
     call = CALL | {"num_images_per_prompt": 3}
     plain = pipe(**call, generator=seeded()).images
@@ -358,6 +282,53 @@ def test_opening_and_saving(pipe: Any, peer: Any, tmp_path: Path, tiny_folder: P
     assert isinstance(pipe.scheduler, sfumato.DDIMScheduler)
     with pytest.raises(ValueError, match="PyTorch sees no CUDA device" if not torch.cuda.is_available() else "nothing"):
         pipe.to("cuda" if not torch.cuda.is_available() else "nothing")
+
+
+def test_the_door_that_a_model_was_made_for(
+    tiny_folder: Path, parts_for: Callable[[str], Components], tmp_path: Path
+) -> None:
+    save_folder(parts_for("upscale"), tmp_path / "upscale")
+    assert type(sfumato.DiffusionPipeline.from_pretrained(tiny_folder)) is sfumato.StableDiffusionPipeline
+    other = sfumato.DiffusionPipeline.from_pretrained(str(tmp_path / "upscale"), torch_dtype=torch.bfloat16)
+    assert type(other) is sfumato.StableDiffusionUpscalePipeline and other.dtype == torch.bfloat16
+    text = sfumato.AutoPipelineForText2Image.from_pretrained(tiny_folder)
+    assert sfumato.AutoPipelineForImage2Image.from_pipe(text).unet is text.unet
+
+
+def test_a_scheduler_by_hub_id(tmp_path: Path) -> None:
+    cache = tmp_path / "models--owner--name"
+    (cache / "snapshots" / "abc" / "scheduler").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    sfumato.PNDMScheduler(skip_prk_steps=True).save_pretrained(cache / "snapshots" / "abc" / "scheduler")
+    found = sfumato.EulerDiscreteScheduler.from_pretrained("owner/name", subfolder="scheduler", cache_dir=tmp_path)
+    assert isinstance(found, sfumato.EulerDiscreteScheduler) and found.extras["skip_prk_steps"] is True
+    with pytest.raises(FileNotFoundError, match=r"no scheduler/scheduler_config.json of owner/other"):
+        sfumato.DDIMScheduler.from_pretrained("owner/other", cache_dir=tmp_path, local_files_only=True)
+
+
+def test_pictures_are_prepared_as_in_diffusers(pipe: Any, peer: Any) -> None:
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (26, 42, 3), dtype=np.uint8))
+    array = rng.random((2, 26, 42, 3)).astype(np.float32)
+    for image in (picture, [picture, picture], array, list(array), torch.from_numpy(array).permute(0, 3, 1, 2)):
+        for size in ({}, {"height": 20, "width": 32}):
+            a, b = (p.image_processor.preprocess(image, **size) for p in (pipe, peer))
+            assert a.shape == b.shape and float((a - b).abs().max()) < 1e-6
+    x = torch.randn(2, 3, 8, 8, generator=seeded())
+    for form in ("np", "pt", "latent"):
+        assert largest(*(p.image_processor.postprocess(x, output_type=form) for p in (pipe, peer))) < 1e-4
+    ours, theirs = (p.image_processor.postprocess(x, do_denormalize=[True, False]) for p in (pipe, peer))
+    assert np.array_equal(np.asarray(ours[0]), np.asarray(theirs[0]))
+    pipe.scheduler.set_timesteps(4)
+    peer.scheduler.set_timesteps(4)
+    for generators in ([seeded], [seeded, lambda: seeded(8)]):
+        made = []
+        for door in (pipe, peer):
+            some = [make() for make in generators]
+            generator = some if len(some) > 1 else some[0]
+            made.append(door.prepare_latents(2, 4, 32, 32, torch.float32, "cpu", generator))
+        assert torch.equal(*made)
 
 
 def test_forms_of_the_answer(pipe: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from .registry import find
 CONFIG_NAME = "scheduler_config.json"
 # Options of schedulers that have no class here; configurations that were converted from these carry them along.
 FOREIGN = frozenset({"s_noise"})
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 C = TypeVar("C", bound="Configured")
 
 
@@ -94,15 +96,26 @@ class Configured:
         return {name: c for name, c in cls.known.items() if c.option_names() and not c.__subclasses__()}
 
     @classmethod
-    def from_pretrained(cls: type[C], folder: str | os.PathLike[str], subfolder: str | None = None) -> C:
+    def from_pretrained(
+        cls: type[C],
+        folder: str | os.PathLike[str],
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> C:
         """The scheduler of a model folder: reads scheduler_config.json there or in its `scheduler` folder.
 
+        folder: a path, or a hub id "owner/name", whose file is fetched where the hub's cache has it not.
         FileNotFoundError, naming the places looked at, when there is none.
         """
         places = [Path(folder) / (subfolder or ""), Path(folder) / "scheduler"]
         for place in places:
             if (place / CONFIG_NAME).is_file():
                 return cls.from_config(read_json(place / CONFIG_NAME))
+        if not Path(folder).exists() and HUB_ID.fullmatch(str(folder)):
+            name = f"{subfolder or 'scheduler'}/{CONFIG_NAME}"
+            return cls.from_config(read_json(fetched(str(folder), name, revision, cache_dir, local_files_only)))
         raise FileNotFoundError(f"no {CONFIG_NAME} in {' or '.join(map(str, places))}")
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -124,3 +137,17 @@ class Configured:
         if value not in allowed:
             values = ", ".join(map(repr, allowed))
             raise ValueError(f"{type(self).__name__} does not support {option}={value!r}; allowed: {values}")
+
+
+def fetched(repo: str, name: str, revision: str | None, cache: str | os.PathLike[str] | None, local: bool) -> Path:
+    """A small file of a repository on the hub, in its cache; FileNotFoundError in one line without it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import HfHubHTTPError
+
+    network: type[Exception] = HfHubHTTPError.__mro__[1]  # the base of every complaint of the HTTP library
+    place = None if cache is None else os.fspath(cache)
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision, cache_dir=place, local_files_only=local))
+    except (network, OSError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(f"no {name} of {repo}: {first}; give the path of a model folder instead") from None

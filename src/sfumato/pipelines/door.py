@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from sfumato.diffusion.scheduler import Scheduler
+from sfumato.diffusion.scheduler import Generators, Scheduler, draw
 from sfumato.models.clip import CLIPTextModel
 from sfumato.models.depth import DepthEstimator
 from sfumato.models.unet import UNet
@@ -363,6 +363,26 @@ class Door(Switches):
         """`encode_prompt` as one tensor, the negative prompts' states first."""
         states, negative = self.encode_prompt(*prompt, **options)
         return states if negative is None else torch.cat([negative, states])
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        generator: Generators | None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Noise (B, C, h, w) as the scheduler's loop begins with it; latents: standard noise to take instead."""
+        shape = batch_size, num_channels_latents, height // self.vae_scale_factor, width // self.vae_scale_factor
+        if latents is None:
+            like = torch.empty(0, dtype=dtype, device=device)
+            some = [generator] if generator is None or isinstance(generator, torch.Generator) else generator
+            each = shape if len(some) == 1 else (1, *shape[1:])
+            latents = torch.cat([draw(each, one, like) for one in some])
+        return latents.to(device) * self.scheduler.init_noise_sigma
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Any:

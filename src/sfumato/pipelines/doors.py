@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,11 +25,13 @@ from sfumato.diffusion.scheduler import Plan
 from sfumato.models.depth import depth_channel
 from sfumato.pipelines.check import check
 from sfumato.pipelines.door import Door
+from sfumato.pipelines.opening import found
 from sfumato.pipelines.processor import ImageProcessor, check_form
 from sfumato.pipelines.request import Request, parse
 from sfumato.pipelines.start import STARTS
 from sfumato.pipelines.together import STEP_TENSORS, CastNoise, Together, Watcher, Weights, Words, guided
 from sfumato.presets import Task
+from sfumato.weights.folder import read_index
 from sfumato.weights.safe import lay_out
 
 
@@ -406,3 +409,24 @@ class StableDiffusionUpscalePipeline(Maker):
         height, width = (side * self.vae_scale_factor for side in small.shape[2:])
         request = self._checked(call, height=height, width=width, noise_level=noise_level)
         return self._made(call, height, width, request, image=small)
+
+
+AutoPipelineForText2Image = StableDiffusionPipeline
+AutoPipelineForImage2Image = StableDiffusionImg2ImgPipeline
+AutoPipelineForInpainting = StableDiffusionInpaintPipeline
+
+
+class DiffusionPipeline:
+    """The door that a model was made for, whichever that is."""
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **arguments: Any) -> Maker:
+        """Open a model as its folder says it is, or for text to image; arguments: see `Door.from_pretrained`."""
+        names = ("variant", "revision", "cache_dir", "local_files_only")
+        variant, revision, cache, local = (arguments.get(name) for name in names)
+        dtype = arguments.get("torch_dtype") or torch.float32
+        place = found(source, dtype, variant, revision, cache, bool(local))
+        family = read_index(place)[1] if place.is_dir() else StableDiffusionPipeline.families[0]
+        doors = (door for door in Maker.__subclasses__() if family in door.families.values())
+        door = next(doors, StableDiffusionPipeline)
+        return door.from_pretrained(place, **{k: v for k, v in arguments.items() if k not in ("revision", "cache_dir")})
