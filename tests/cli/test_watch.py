@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 from PIL import Image
 
 from sfumato.cli import main
+from sfumato.cli.places import Places
 from sfumato.cli.watch import rate
 from sfumato.pipelines.pipeline import Pipeline
+from sfumato.pipelines.request import parse
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +96,24 @@ def test_nothing_is_overwritten(tiny_folder: Path, capsys: pytest.CaptureFixture
         code, _, err = sfumato(capsys, "a cat", "-m", tiny_folder, "-o", out, "-n", count)
         assert code == 2 and f"{named} exists and is not overwritten" in err and err.count("\n") == 1, err
     assert sorted(p.name for p in Path().iterdir()) == ["a.png", "b-1.png"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_names_taken_meanwhile_cost_no_picture(monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    one, folder = Places("a.png", 1), Places("pictures/", 2)
+    Path("a.png").write_text("mine")
+    picture, request = Image.new("RGB", (8, 8)), parse(prompt="a cat")
+    assert [one.picture(0, picture, request, {}) for _ in range(2)] == [Path("a-1.png"), Path("a-2.png")]
+    Path("pictures").mkdir()
+    Path("pictures/00003.png").write_text("mine")
+    assert folder.picture(0, picture, request, {}) == Path("pictures/00004.png")
+    assert Path("a.png").read_text() == "mine" == Path("pictures/00003.png").read_text()
+    assert sorted(p.name for p in Path().rglob("*.png")) == ["00003.png", "00004.png", "a-1.png", "a-2.png", "a.png"]
 
 
 def test_speeds() -> None:

@@ -61,6 +61,16 @@ def test_image_to_image_and_values_from_nodes() -> None:
     assert any("in.png lay in ComfyUI's input folder" in note for note in notes)
 
 
+def test_what_changes_both_texts_is_passed_through() -> None:
+    nodes = graph(**{"40": node("ControlNetApplyAdvanced", negative=["7", 0], positive=["6", 0], strength=0.8)})
+    nodes["3"]["inputs"] |= {"positive": ["40", 0], "negative": ["40", 1]}
+    fields, notes = comfy.read(json.dumps(nodes))
+    assert fields["prompt"].startswith("a fox") and fields["negative_prompt"] == "text, watermark"
+    assert notes == [
+        f"{n}: node 40 (ControlNetApplyAdvanced) was not taken over" for n in ("prompt", "negative_prompt")
+    ]
+
+
 def test_the_sampler_in_parts() -> None:
     nodes = graph(
         **{

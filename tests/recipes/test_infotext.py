@@ -54,6 +54,14 @@ def test_what_is_not_understood_is_said() -> None:
         assert any(said in note for note in notes), (said, notes)
 
 
+def test_values_with_commas_that_are_not_quoted() -> None:
+    line = 'Steps: 30, Seed: 5, Hashes: {"model": "238ffac319", "embed:a": "23f5"}, Hires upscale: 1.5'
+    text = infotext.read(f"a cat\n{line}, Time taken: 18.0 sec.")
+    assert list(text.values) == ["Steps", "Seed", "Hashes", "Hires upscale", "Time taken"]
+    fields, notes = infotext.fields(text)
+    assert (fields["hires_scale"], fields["seed"], notes) == (1.5, 5, [])
+
+
 def test_a_last_line_with_few_pairs_is_prompt() -> None:
     text = infotext.read("a cat\nstyle: soft, mood: warm")
     assert (text.prompt, dict(text.values)) == ("a cat\nstyle: soft, mood: warm", {})

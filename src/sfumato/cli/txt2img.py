@@ -55,8 +55,8 @@ TASKS = MappingProxyType(
 CLOSE = 0.4  # strength that keeps what an image shows
 RESEARCH = (
     "\n\nThe research scripts' flags work as well (--ckpt, --ddim_steps, --plms, --H, --W, --scale, --n_samples, "
-    "--n_iter, --outdir, --from-file...): as soon as one of them is given, all flags, defaults and names of files are that "
-    "script's. `sfumato {} --ddim_steps 50 --help` lists them."
+    "--n_iter, --outdir, --from-file...): as soon as one of them is given, all flags, defaults and names of files are "
+    "that script's. `sfumato {} --ddim_steps 50 --help` lists them."
 )
 
 

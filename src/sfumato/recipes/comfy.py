@@ -173,7 +173,10 @@ def _text(node: Node, field: str, notes: list[str]) -> str:
             text = node.value(name, str)
             if text is not None:
                 return str(text)
-        above = [n for name in node.inputs if name.startswith("conditioning") and (n := node.link(name)) is not None]
+        # What works on both texts at once calls them by their side.
+        names = [field.removesuffix("_prompt").replace("prompt", "positive"), *node.inputs]
+        names = [name for name in names if name.startswith(("conditioning", "positive", "negative"))]
+        above = [n for name in names if (n := node.link(name)) is not None]
         if not above:
             break
         notes.append(f"{field}: {node} was not taken over")

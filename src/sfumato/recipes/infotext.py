@@ -14,7 +14,7 @@ from sfumato.pipelines.request import MAX_SIDE, Request
 
 NEGATIVE = "Negative prompt:"
 FEWEST = 3  # pairs that a last line needs to count as parameters
-PAIR = re.compile(r'\s*(?P<key>[^:,"]+?)\s*:\s*(?P<value>"(?:[^"\\]|\\.)*"|[^,]*?)\s*(?:,|$)')
+PAIR = re.compile(r'\s*(?P<key>[^:,"]+?)\s*:\s*(?P<value>"(?:[^"\\]|\\.)*"|\{[^{}]*\}|[^,]*?)\s*(?:,|$)')
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 # Our field, and how its value is read.
 SIMPLE: Mapping[str, tuple[str, type]] = MappingProxyType(
@@ -46,6 +46,9 @@ SILENT = (
     "Size-2",
     "Lora hashes",
     "TI hashes",
+    "Hashes",
+    "Hardware Info",
+    "Time taken",
     "RNG",
     "Clip skip",
 )
