@@ -15,6 +15,7 @@ B pictures, C channels, H W height and width, f the factor of a smaller picture.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST_GAIN = 1e-3  # of the finest waves that a blur leaves; below it what comes back would be rounding
+RELAXATIONS = 40  # of the plate over missing pixels; the coarse filling has done the rest
 NORMAL_MEDIAN = 0.6744897501960817  # of the absolute value of a standard normal number
 
 
@@ -41,6 +43,14 @@ class Degradation(Protocol):
 
     def solve(self, residual: Tensor, weight: float) -> Tensor:
         """A' (A A' + weight I)⁻¹ residual."""
+        ...
+
+    def guess(self, y: Tensor, noise: float) -> Tensor:
+        """A first picture (B, C, H, W) from what is seen, made without a model; noise: its deviation in y."""
+        ...
+
+    def sharpness(self, x: Tensor) -> Tensor:
+        """How well each pixel of a picture like x is seen, (B, 1, H, W): 1 by itself, 1 / f among f along a side."""
         ...
 
 
@@ -60,6 +70,14 @@ class Noise:
         """The residual's share."""
         return residual / (1 + weight)
 
+    def guess(self, y: Tensor, noise: float) -> Tensor:
+        """y."""
+        return y
+
+    def sharpness(self, x: Tensor) -> Tensor:
+        """1 everywhere."""
+        return torch.ones_like(x[:, :1])
+
 
 @dataclass(frozen=True, eq=False)
 class Missing:
@@ -78,6 +96,25 @@ class Missing:
     def solve(self, residual: Tensor, weight: float) -> Tensor:
         """The known pixels' share; nothing for the others."""
         return residual * self.known / (1 + weight)
+
+    def guess(self, y: Tensor, noise: float) -> Tensor:
+        """The gaps filled from coarse to fine, then bent as little as goes, as a thin plate is (biharmonic)."""
+        known = self.known.expand_as(y)
+        x = _filled(y * known, known)
+        gap = (known == 0).to(y.dtype)
+        residual = -gap * _laplace(_laplace(x))
+        step, size = residual, residual.square().sum((2, 3), keepdim=True)
+        for _ in range(RELAXATIONS):  # conjugate gradients, each channel for itself
+            bent = gap * _laplace(_laplace(step))
+            length = size / (step * bent).sum((2, 3), keepdim=True).clamp(min=1e-12)
+            x, residual = x + length * step, residual - length * bent
+            last, size = size, residual.square().sum((2, 3), keepdim=True)
+            step = residual + size / last.clamp(min=1e-12) * step
+        return x
+
+    def sharpness(self, x: Tensor) -> Tensor:
+        """1 where a pixel is known, 0 elsewhere."""
+        return self.known[:, :1].to(x.dtype).expand(len(x), 1, *x.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -104,6 +141,15 @@ class LowRes:
     def solve(self, residual: Tensor, weight: float) -> Tensor:
         """A A' = I / f², and so each mean goes to its block whole where there is no noise."""
         return self._spread(residual) / (1 + weight * self.factor**2)
+
+    def guess(self, y: Tensor, noise: float) -> Tensor:
+        """Enlarged along cubics, with the blocks' means put right."""
+        x = F.interpolate(y, scale_factor=self.factor, mode="bicubic")
+        return x + self.solve(y - self.forward(x), noise**2)
+
+    def sharpness(self, x: Tensor) -> Tensor:
+        """1 / f everywhere."""
+        return torch.full_like(x[:, :1], 1 / self.factor)
 
     def _spread(self, y: Tensor) -> Tensor:
         return y.repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3)
@@ -136,6 +182,14 @@ class Blur:
         gain = self._gain(residual)
         return self._filtered(residual, gain / (gain * gain + max(weight, SMALLEST_GAIN**2)))
 
+    def guess(self, y: Tensor, noise: float) -> Tensor:
+        """Tikhonov's filter, for a picture whose fine waves have a deviation of about 0.2."""
+        return self.solve(y, max(30 * noise**2, 1e-3))
+
+    def sharpness(self, x: Tensor) -> Tensor:
+        """The blur's height at its centre, along one side: 1 / (sigma sqrt(2 pi)), at most 1."""
+        return torch.full_like(x[:, :1], min(1.0, 1 / (self.sigma * math.sqrt(2 * math.pi))))
+
     def _gain(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         down = torch.arange(2 * height, dtype=torch.float64).minimum(2 * height - torch.arange(2 * height))
@@ -160,6 +214,25 @@ DEGRADATIONS: Mapping[str, str] = MappingProxyType(
     }
 )
 """The degradations by name, each in words."""
+
+
+def _laplace(x: Tensor) -> Tensor:
+    """The sum of the four neighbours' differences; beyond the edge lies the edge's own pixel."""
+    p = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    return p[..., 1:-1, :-2] + p[..., 1:-1, 2:] + p[..., :-2, 1:-1] + p[..., 2:, 1:-1] - 4 * x
+
+
+def _filled(total: Tensor, known: Tensor) -> Tensor:
+    """Known pixels as they are, others from a picture of half the size that is filled likewise (pull and push).
+
+    total, known: sums and shares of known pixels, (B, C, H, W).
+    """
+    mean = total / known.clamp(min=1e-9)
+    if min(total.shape[2:]) < 2 or bool((known > 0).all()):
+        return mean
+    half = [F.avg_pool2d(v, 2, ceil_mode=True) for v in (total, known)]
+    coarse = F.interpolate(_filled(*half), size=total.shape[2:], mode="bilinear")
+    return torch.where(known > 0, mean, coarse)
 
 
 def noise_level(picture: Tensor, known: Tensor | None = None) -> float:

@@ -79,7 +79,8 @@ class Descended:
     spread:      deviation of what is not known of a clean picture's pixels at pure noise.
     scale:       of the step; 1 is exact where the network is that of normally distributed data.
 
-    x0 - scale * sigma² / alpha * gradient of |y - A decode(x0)|² / (2 (noise² + variance)).
+    x0 - scale * sigma² / alpha * gradient of |y - A decode(x0)|² / (2 (noise² + variance)), shortened where it would
+    overshoot: a decoder stretches distances by amounts that the formula does not know.
     """
 
     gradients: ClassVar[bool] = True
@@ -102,4 +103,17 @@ class Descended:
         residual = self.seen - self.degradation.forward(self.decode(x0))
         variance = self.noise**2 + uncertainty(point, self.spread)
         (gradient,) = torch.autograd.grad(residual.square().sum() / (2 * variance), x)
-        return x0.detach() - self.scale * point.sigma**2 / point.alpha * gradient
+        x0, before = x0.detach(), residual.detach()
+        move = -self.scale * point.sigma**2 / point.alpha * gradient
+        with torch.no_grad():
+            change = before - (self.seen - self.degradation.forward(self.decode(x0 + move)))
+        return x0 + shorter(before, change) * move
+
+
+def shorter(residual: Tensor, change: Tensor) -> Tensor:
+    """How much of a move, 0 to 1, to make: no more than brings the residual to its least along it, (B, 1, 1, 1).
+
+    change: by how much the residual shrinks with the whole move.
+    """
+    least = (residual * change).flatten(1).sum(1) / change.flatten(1).square().sum(1).clamp(min=1e-20)
+    return least.clamp(0, 1).view(-1, 1, 1, 1)

@@ -28,6 +28,7 @@ from sfumato.pipelines.guided import check_guidance, scheduled
 from sfumato.pipelines.making import Callback, Progress, frame_of, latents, picture
 from sfumato.pipelines.memory import in_tiles_if_need_be
 from sfumato.pipelines.request import Request, parse
+from sfumato.pipelines.restore import Restoration, restore
 from sfumato.pipelines.start import remaining
 from sfumato.presets import Preset
 from sfumato.runtime import Runtime, as_it_is, choose
@@ -136,6 +137,38 @@ class Pipeline:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no file {path}")
         return cls.from_pretrained(path, precision, device, batch, vae, base, prediction)
+
+    def restore(
+        self,
+        picture: str | Path | Image.Image,
+        degradation: str = "auto",
+        *,
+        noise: float | None = None,
+        mask: str | Path | Image.Image | None = None,
+        blur: float | None = None,
+        scale: int | None = None,
+        prompt: str = "",
+        guidance_scale: float = 1.0,
+        steps: int | None = None,
+        seed: int = 0,
+    ) -> Restoration:
+        """A picture without its noise, missing pixels, blur or low resolution, by this model; see `restore.restore`.
+
+        Raises ValueError for a model that needs more than a prompt, or a degradation of which too little is said.
+        """
+        return restore(
+            picture,
+            degradation,
+            noise=noise,
+            mask=mask,
+            blur=blur,
+            scale=scale,
+            prompt=prompt,
+            guidance_scale=guidance_scale,
+            steps=steps,
+            seed=seed,
+            pipe=self,
+        )
 
     def save_pretrained(self, folder: Path | str, precision: str | None = None) -> None:
         """Write a model folder, which diffusers opens as well; `precision` converts the weights."""
