@@ -90,6 +90,29 @@ whole = pipe(
 ).images
 """
 
+# From a picture, with the parts of a pipeline, older spellings, and the scheduler entered midway.
+FROM_IMAGE = """
+pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+vae, unet = pipe.vae, pipe.unet
+scheduler = Scheduler.from_config(pipe.scheduler.config, **options)
+generator = torch.manual_seed(5)
+with torch.no_grad():
+    init_latents = vae.encode(picture).latent_dist.sample(generator) * vae.config.scaling_factor
+text_embeddings = pipe._encode_prompt("a red apple", "cpu", 1, True, "two green frogs")
+scheduler.set_timesteps(10)
+timesteps = scheduler.timesteps[4 * scheduler.order :]
+noise = torch.randn(init_latents.shape, generator=generator)
+latents = scheduler.add_noise(init_latents, noise, timesteps[:1])
+for t in timesteps:
+    latent_model_input = scheduler.scale_model_input(torch.cat([latents] * 2), t)
+    with torch.no_grad():
+        noise_pred = unet(latent_model_input, t, text_embeddings)["sample"]
+    uncond, cond = noise_pred.chunk(2)
+    latents = scheduler.step(uncond + 5 * (cond - uncond), t, latents, **extra(generator))["prev_sample"]
+with torch.no_grad():
+    out = vae.decode(latents / vae.config.scaling_factor)["sample"]
+"""
+
 
 def largest(a: Any, b: Any) -> float:
     """The largest difference, in levels of 255."""
@@ -131,6 +154,29 @@ def test_a_loop_written_for_diffusers_runs_unchanged_but_for_the_import(tiny_fol
     assert loop <= 0.01 and itself <= 0.01
     assert ours["array"].shape == (1, 40, 24, 3) and float(ours["array"].std()) > 0.05
     assert [picture.size for picture in ours["pil_images"]] == [(24, 40)]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        ("DDIMScheduler", {}),
+        ("EulerAncestralDiscreteScheduler", {}),
+        ("HeunDiscreteScheduler", {}),
+        ("LMSDiscreteScheduler", {}),
+        ("PNDMScheduler", {"skip_prk_steps": True, "timestep_spacing": "leading"}),
+    ],
+)
+def test_a_loop_from_a_picture(tiny_folder: Path, scheduler: str, options: dict[str, Any]) -> None:
+    picture = torch.rand((1, 3, 32, 32), generator=seeded()) * 2 - 1
+    made = []
+    for library, words in (("sfumato", "sfumato"), ("diffusers", "transformers")):
+        names: dict[str, Any] = {"torch": torch, "folder": str(tiny_folder), "options": options, "picture": picture}
+        names["extra"] = lambda generator: {"generator": generator} if "Ancestral" in scheduler else {}
+        exec(PARTS.format(library=library, words=words, scheduler=scheduler) + FROM_IMAGE, names)
+        made.append(names["out"])
+    difference = largest(*made) / 2  # of pictures in [-1, 1]
+    print(f"{scheduler}: {difference:.5f} of 255")
+    assert difference <= 0.01 and float(made[0].std()) > 0.05
 
 
 @torch.no_grad()

@@ -49,9 +49,10 @@ class StepOutput:
     prev_sample: Tensor
     pred_original_sample: Tensor
 
-    def __getitem__(self, index: int) -> Tensor:
-        """The sample for 0, the clean picture for 1."""
-        return (self.prev_sample, self.pred_original_sample)[index]
+    def __getitem__(self, key: int | str) -> Tensor:
+        """The sample for 0, the clean picture for 1, or either by its name."""
+        names = ("prev_sample", "pred_original_sample")
+        return {name: getattr(self, name) for name in names}[names[key] if isinstance(key, int) else key]
 
 
 class Scheduler(Configured):

@@ -128,9 +128,9 @@ class DecoderOutput:
 
     sample: Tensor
 
-    def __getitem__(self, index: int) -> Tensor:
-        """[0] is the picture."""
-        return (self.sample,)[index]
+    def __getitem__(self, key: int | str) -> Tensor:
+        """The picture for 0 and for "sample"."""
+        return {0: self.sample, "sample": self.sample}[key]
 
 
 class DownEncoderBlock2D(nn.Module):

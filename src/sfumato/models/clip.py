@@ -98,8 +98,13 @@ class CLIPTextOutput:
         """`pooled` under transformers' name."""
         return self.pooled
 
-    def __getitem__(self, index: int) -> Any:
-        """[0] is last_hidden_state, [1] pooled, [2] hidden_states, as notebooks written for transformers expect."""
+    def __getitem__(self, index: int | str) -> Any:
+        """[0] is last_hidden_state, [1] pooled, [2] hidden_states, as notebooks written for transformers expect.
+
+        Names stand for attributes.
+        """
+        if isinstance(index, str):
+            return getattr(self, index)
         parts = self.last_hidden_state, self.pooled
         return (parts if self.hidden_states is None else (*parts, self.hidden_states))[index]
 

@@ -139,6 +139,8 @@ class Door(Switches):
         runtime = choose("cpu", dtype_name(torch_dtype or dtype or torch.float32))
         given = {name: others.pop(name) for name in PARTS if others.get(name) is not None}
         cls._check_others({name: value for name, value in others.items() if name not in PARTS})
+        if "safety_checker" not in others:
+            log.info("%s: pictures are not checked; a model's safety_checker is passed over", cls.__name__)
         parts = opened(source, runtime.dtype, variant, revision, cache_dir, local_files_only)
         return cls._of(with_parts(parts, given), runtime, str(source))
 

@@ -10,6 +10,7 @@ B pictures in a call, n given pictures, C latent channels, h w latent height and
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -33,6 +34,8 @@ from sfumato.pipelines.together import STEP_TENSORS, CastNoise, Together, Watche
 from sfumato.presets import Task
 from sfumato.weights.folder import read_index
 from sfumato.weights.safe import lay_out
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -235,10 +238,13 @@ class Maker(Door):
         own = None if call.timesteps is not None or call.sigmas is not None else call.num_inference_steps
         scheduler.set_timesteps(own, self.device, call.timesteps, call.sigmas)
         plan = scheduler.laid
-        if call.eta and (scheduler.entry.run is ddim or scheduler.takes_eta):
-            sampler: Callable[..., Steps] = plan.sampler
-            return replace(plan, sampler=partial(sampler, eta=call.eta))
-        return plan
+        if not call.eta:
+            return plan
+        if scheduler.entry.run is not ddim and not scheduler.takes_eta:
+            log.info("eta = %g is passed over: %s takes none", call.eta, type(scheduler).__name__)
+            return plan
+        sampler: Callable[..., Steps] = plan.sampler
+        return replace(plan, sampler=partial(sampler, eta=call.eta))
 
     def _checked(self, call: Call, **numbers: Any) -> Request:
         """The numbers of a call as a request; ValueError for one that is out of range or does not fit the model."""
