@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from sfumato import __version__
-from sfumato.cli import convert, data, evaluate, info, legacy, models, replay, train
+from sfumato.cli import convert, data, evaluate, info, legacy, models, replay, restore, train
 from sfumato.cli.watch import Interrupted
 
 PICTURE = "txt2img"
@@ -29,6 +29,7 @@ TASKS = {
 }
 COMMANDS = (
     *TASKS,
+    "restore",
     "replay",
     "recipe",
     "info",
@@ -112,6 +113,7 @@ def make_app(full: str | None = PICTURE) -> typer.Typer:
             app.command(task)(txt2img.command(task))
         else:
             app.command(task, help=f"{text} `sfumato {task} --help` lists the flags.")(placeholder)
+    app.command("restore")(restore.restore)
     app.command("replay")(replay.replay)
     app.command("recipe")(replay.recipe)
     app.command("info")(info.info)

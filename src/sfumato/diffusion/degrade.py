@@ -98,7 +98,10 @@ class Missing:
         return residual * self.known / (1 + weight)
 
     def guess(self, y: Tensor, noise: float) -> Tensor:
-        """The gaps filled from coarse to fine, then bent as little as goes, as a thin plate is (biharmonic)."""
+        """The gaps filled from coarse to fine, then bent as little as goes, as a thin plate is (biharmonic).
+
+        It stays between the least and the greatest known value of each channel.
+        """
         known = self.known.expand_as(y)
         x = _filled(y * known, known)
         gap = (known == 0).to(y.dtype)
@@ -110,7 +113,8 @@ class Missing:
             x, residual = x + length * step, residual - length * bent
             last, size = size, residual.square().sum((2, 3), keepdim=True)
             step = residual + size / last.clamp(min=1e-12) * step
-        return x
+        low, high = (torch.where(known > 0, y, end) for end in (torch.inf, -torch.inf))
+        return x.maximum(low.amin((2, 3), keepdim=True)).minimum(high.amax((2, 3), keepdim=True))
 
     def sharpness(self, x: Tensor) -> Tensor:
         """1 where a pixel is known, 0 elsewhere."""
