@@ -400,6 +400,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(pipe: Any, tiny_folder: Path
         ({"num_inference_steps": 0}, "num_inference_steps = 0"),
         ({"generator": [seeded(), seeded()]}, "2 generators for 1 pictures"),
         ({"latents": torch.zeros(1, 4, 9, 9)}, r"latents of shape \(1, 4, 9, 9\); this call needs \(1, 4, 8, 8\)"),
+        ({"prompt": []}, r"prompt = \[\] with 1 pictures each makes none"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -422,6 +423,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(pipe: Any, tiny_folder: Path
     for name, more, message in (
         ("Img2Img", {}, "needs an image"),
         ("Img2Img", {"image": Image.new("RGB", (32, 32)), "strength": 1.5}, "strength = 1.5"),
+        ("Img2Img", {"image": np.zeros((32, 32))}, "image has 1 channels; a picture has 3"),
         ("Img2Img", {"image": "a path"}, "image is str; give PIL pictures, arrays or tensors"),
         ("Inpaint", {"image": Image.new("RGB", (32, 32))}, "needs a mask_image"),
         ("Inpaint", {"image": [Image.new("RGB", (8, 8))] * 3, "mask_image": Image.new("L", (8, 8))}, "3 pictures"),

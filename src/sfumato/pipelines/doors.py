@@ -127,6 +127,8 @@ class Call:
                 raise ValueError(f"both {text} and {states} are given; give one of the two")
         if call.prompt is None and call.prompt_embeds is None:
             raise ValueError("neither prompt nor prompt_embeds is given; say what the picture shows")
+        if not call.many:
+            raise ValueError(f"prompt = {call.prompt!r} with {call.num_images_per_prompt} pictures each makes none")
         check_form(call.output_type or "pil")
         return call
 
@@ -137,7 +139,7 @@ class Call:
             prompts = len(self.prompt_embeds)
         else:
             prompts = 1 if isinstance(self.prompt, str) else len(self.prompt or ())
-        return prompts * (self.num_images_per_prompt or 1)
+        return prompts * (1 if self.num_images_per_prompt is None else self.num_images_per_prompt)
 
     @property
     def each(self) -> Sequence[torch.Generator]:

@@ -61,6 +61,9 @@ class ImageProcessor:
         else:
             kinds = ", ".join(sorted({type(one).__name__ for one in given}))
             raise ValueError(f"image is {kinds}; give PIL pictures, arrays or tensors, all of one kind")
+        if x.shape[1] != (1 if self.mask else 3):
+            what = "a mask has 1" if self.mask else "a picture has 3"
+            raise ValueError(f"image has {x.shape[1]} channels; {what}")
         if self.mask:
             return (x >= 0.5).float()
         if x.min() < 0:
