@@ -7,9 +7,10 @@ from itertools import pairwise
 import diffusers
 import pytest
 import torch
-from parity import assert_close, count, exchange, scramble
 
 from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian, feather, starts
+
+from .parity import assert_close, count, exchange, scramble
 
 
 def config(**changes: object) -> AutoencoderConfig:

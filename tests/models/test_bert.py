@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion as peer
-from parity import assert_close, count, exchange
 
 from sfumato.models.bert import LDMBertConfig, LDMBertModel
+
+from .parity import assert_close, count, exchange
 
 TINY = LDMBertConfig(
     vocab_size=100,

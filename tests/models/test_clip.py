@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from parity import assert_close, count, exchange, scramble
 from safetensors.torch import save_file
 
 from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
+
+from .parity import assert_close, count, exchange, scramble
 
 TINY: dict[str, Any] = {
     "vocab_size": 100,

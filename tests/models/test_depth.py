@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionDepth2ImgPipeline
-from parity import assert_close, count, scramble
 from PIL import Image
 from torch import nn
 from transformers import DPTConfig as TheirConfig
@@ -21,6 +20,8 @@ from sfumato.models.bit import BitConfig, pad_same
 from sfumato.models.depth import DepthEstimator, DPTProcessorConfig, depth_channel
 from sfumato.models.dpt import DPT_HYBRID, DPT_LARGE, DPTConfig
 from sfumato.weights.dpt import dpt_map
+
+from .parity import assert_close, count, scramble
 
 LARGE = DPTConfig(
     hidden_size=32,

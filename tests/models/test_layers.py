@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import assert_close
 from torch import Tensor
 
 from sfumato.models.layers import GroupNorm, GroupNormBySums, sinusoidal
+
+from .parity import assert_close
 
 
 def case(size: int, silu: bool, dtype: torch.dtype) -> tuple[GroupNorm, Tensor, Tensor]:

@@ -8,10 +8,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from parity import assert_close, count, exchange
 
 from sfumato.cond import Cond
 from sfumato.models.unet import UNet, UNetConfig
+
+from .parity import assert_close, count, exchange
 
 TINY: dict[str, Any] = {
     "block_out_channels": [8, 16, 16],

@@ -5,10 +5,11 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
-from parity import assert_close, count, exchange, scramble
 
 from sfumato.models import vq
 from sfumato.models.vq import VectorQuantizer, VQConfig, VQModel
+
+from .parity import assert_close, count, exchange, scramble
 
 
 def config(**changes: object) -> VQConfig:

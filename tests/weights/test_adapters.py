@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters_made import (
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sfumato.cond import Cond
+from sfumato.models.clip import CLIPTextModel
+from sfumato.models.unet import UNet
+from sfumato.weights.adapters import Adapter, AdapterHost, read_adapter
+from sfumato.weights.compvis import unet_modules
+
+from .adapters_made import (
     assert_near,
     assert_untouched,
     factors,
@@ -22,15 +32,6 @@ from adapters_made import (
     unet_answer,
     written,
 )
-from hypothesis import event, given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-
-from sfumato.cond import Cond
-from sfumato.models.clip import CLIPTextModel
-from sfumato.models.unet import UNet
-from sfumato.weights.adapters import Adapter, AdapterHost, read_adapter
-from sfumato.weights.compvis import unet_modules
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 

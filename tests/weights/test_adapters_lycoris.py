@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters_made import (
+from torch import Tensor, nn
+
+from sfumato.models.unet import UNet
+from sfumato.weights.adapters import AdapterHost, read_adapter
+
+from .adapters_made import (
     assert_near,
     assert_untouched,
     factors,
@@ -17,10 +22,6 @@ from adapters_made import (
     unet_answer,
     written,
 )
-from torch import Tensor, nn
-
-from sfumato.models.unet import UNet
-from sfumato.weights.adapters import AdapterHost, read_adapter
 
 LINEAR = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"  # 24 to 16
 SMALL = "down_blocks.0.attentions.0.proj_in"  # 1x1, 16 to 16

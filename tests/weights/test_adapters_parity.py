@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapters_made import assert_near, factors, kohya, layers, peft, tiny_unet, written
 from torch import Tensor, nn
 
 from sfumato.cond import Cond
@@ -17,6 +16,8 @@ from sfumato.models.clip import CLIPTextModel
 from sfumato.models.unet import UNet
 from sfumato.weights.adapters import AdapterHost, read_adapter
 from sfumato.weights.folder import load_folder
+
+from .adapters_made import assert_near, factors, kohya, layers, peft, tiny_unet, written
 
 X = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(5))
 CONTEXT = torch.randn((2, 5, 32), generator=torch.Generator().manual_seed(6))

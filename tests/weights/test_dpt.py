@@ -12,12 +12,12 @@ import torch
 from diffusers import StableDiffusionDepth2ImgPipeline
 from safetensors.torch import load_file
 
-from conftest import tiny_task
 from sfumato.models.bit import BitConfig
 from sfumato.models.depth import DepthEstimator, DPTProcessorConfig
 from sfumato.models.dpt import DPTConfig
 from sfumato.weights.folder import DEPTH, PROCESSOR, load_folder, save_folder
 from sfumato.weights.parts import Components
+from tests.conftest import tiny_task
 
 TINY = DPTConfig(
     hidden_size=32,

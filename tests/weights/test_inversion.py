@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from adapters_made import assert_near, assert_untouched, snapshot, tiny_tower, written
 from torch import Tensor, nn
 
 from sfumato.models.clip import CLIPTextModel
 from sfumato.text.tokenizer import ClipTokenizer, train_vocabulary
 from sfumato.weights.adapters import Embedding, EmbeddingHost, read_embedding
 from sfumato.weights.folder import load_folder
+
+from .adapters_made import assert_near, assert_untouched, snapshot, tiny_tower, written
 
 WIDTH = 24
 

@@ -20,7 +20,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from malicious import (
+from torch import nn
+
+from sfumato.weights.opcodes import Machine
+from sfumato.weights.source import open_weights
+
+from .malicious import (
     BUILD,
     CANARY,
     DEAD,
@@ -39,10 +44,6 @@ from malicious import (
     text,
     zipped,
 )
-from torch import nn
-
-from sfumato.weights.opcodes import Machine
-from sfumato.weights.source import open_weights
 
 # Codes that stand for names once a program has registered them.
 EXTENSIONS = {0xF0: ("os", "system"), 0xF0F0: ("posix", "system"), 0x0FF0F0F0: ("subprocess", "getoutput")}

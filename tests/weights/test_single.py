@@ -18,7 +18,8 @@ from sfumato.weights.parts import Components
 from sfumato.weights.report import bad_numbers, report
 from sfumato.weights.single import NOTE, Single, load_single, save_single
 from sfumato.weights.source import open_weights
-from tiny_models import RELEASED, TINY, random_parts
+
+from .tiny_models import RELEASED, TINY, random_parts
 
 TINIES = tuple(TINY.values())
 NAMES = tuple(TINY)
