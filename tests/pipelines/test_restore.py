@@ -123,6 +123,21 @@ def test_noise_is_found_and_said_from_0_to_1() -> None:
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(("noise", "side"), [(0.2, 1), (0.5, 2), (1.0, 4)])
+def test_loud_noise_is_taken_off_smaller_pictures(noise: float, side: int) -> None:
+    """The silent network returns the means of blocks; a picture of any size is filled up to whole ones."""
+    clean = drawn(31, 21)
+    found = np.asarray(restore(clean, "noise", noise=noise, steps=1).image)
+    assert found.shape == (21, 31, 3)
+    blocks = found[:20, :28].reshape(20 // side, side, 28 // side, side, 3).mean((1, 3))
+    truth = np.asarray(clean)[:20, :28].reshape(20 // side, side, 28 // side, side, 3).mean((1, 3))
+    worst = np.abs(blocks - truth).max()
+    print(f"{worst:.1f} of 255")
+    assert worst < (1 if side == 1 else 30)
+    assert (np.abs(found.astype(int) - np.asarray(clean)).max() > 3) == (side > 1)
+
+
+@pytest.mark.usefixtures("tiny")
 def test_small_and_blurred_pictures() -> None:
     large = restore(drawn(15, 11), scale=4)
     assert large.image.size == (60, 44) and large.damage.operator == LowRes(4)

@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from math import ceil, log2
 from pathlib import Path
 from types import MappingProxyType
 
@@ -44,6 +45,8 @@ from sfumato.weights.safe import load_module
 from sfumato.weights.source import open_weights
 
 WEIGHTS = Path(__file__).parents[1] / "assets" / "restorer.safetensors"
+LOUD = 0.3  # a deviation, from 0 to 1, above which pixels by themselves say too little
+REMAINS = 0.4  # of the noise's deviation in a smaller picture that was restored
 FAINT = 0.01  # the least deviation, from 0 to 1, that is taken for noise where nobody said what is wrong
 SPREAD = 0.1  # deviation of what a guess leaves open
 STEPS = MappingProxyType({"noise": 1, "missing": 1, "blur": 3, "lowres": 3})  # of the pixel model, as measured best
@@ -81,8 +84,13 @@ class PixelModel:
     def __call__(self, seen: Tensor, damage: Damage, seed: int = 0, steps: int | None = None) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of what is seen of them; sides that the fold's factor divides.
 
+        Where noise is loud, half the size has half of it: that picture is restored first, and then enlarged.
         steps: 1 gives the mean of what is possible, more a sample of it; None takes STEPS.
         """
+        if damage.name == "noise" and damage.noise > LOUD:
+            half = Damage("noise", damage.operator, damage.noise / 2)
+            small = self(F.avg_pool2d(seen, 2), half, seed, steps)
+            return self(small, Damage("lowres", LowRes(2), REMAINS * half.noise), seed, steps)
         fold, noise, operator = self.fold, 2 * damage.noise, damage.operator
         guess = operator.guess(seen, noise)
         hint = fold.hint(guess, operator.sharpness(guess), noise)
@@ -152,6 +160,8 @@ def restore(
         raise ValueError(f"noise = {level:g}; give a deviation from 0 to 10, on the scale of pictures from 0 to 1")
     factor = load_pixel_model().fold.config.factor if pipe is None else pipe.vae.config.factor
     unit = factor if name != "lowres" else max(1, factor // (scale or 2))
+    if name == "noise" and level > LOUD:
+        unit *= 2 ** ceil(log2(level / LOUD))
     height, width = seen.shape[2:]
     seen, known = _filled_up(seen, unit), None if known is None else _filled_up(known, unit)
     damage = Damage(name, _operator(name, known, blur, scale), 0.0 if level < 1 / 512 else level)
