@@ -9,7 +9,7 @@ ARGS   ?=
 
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: picture test lint unit env train-env bench clean
+.PHONY: picture test lint unit env train-env bench parity clean
 
 picture: $(VENV)/.core
 	@$(VENV)/bin/sfumato "$(PROMPT)" $(ARGS)
@@ -30,6 +30,11 @@ train-env: $(VENV)/.train
 
 bench: $(VENV)/.dev
 	$(VENV)/bin/python benchmarks/builtin.py
+
+# Full-size networks with random weights beside diffusers: an hour, 12 GB of memory, 20 GB of disk.
+parity: $(VENV)/.dev
+	$(VENV)/bin/python benchmarks/parity.py
+	$(VENV)/bin/python benchmarks/loading.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
