@@ -2,8 +2,8 @@
 
 Pictures of icons that the pixel model never saw (`held_out_codes`) are degraded in the four ways, mildly and strongly,
 and restored. Deviations are on the scale from 0 to 1; noise is not clipped; the blurred pictures carry noise of 0.01;
-methods are told what the degradation is and how strong. The parameter of bilateral and TV is the one of five that
-gives the best PSNR on these very pictures.
+methods are told what the degradation is and how strong. Parameters of bilateral, TV and Richardson-Lucy are those
+of a few that give the best PSNR on these very pictures.
 
 feature distance: pictures go through the judge's convolutions; at each place of its four resolutions the feature
 vectors are brought to length 1 and their squared distance is averaged, over places and then resolutions.
@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,9 @@ from sfumato.pipelines.restore import Damage, load_pixel_model, restore_latent
 from sfumato.train.restorer import held_out_codes
 
 Method = Callable[[Tensor, Damage], Tensor]
-TV = (0.05, 0.1, 0.2, 0.4, 0.8)
-BILATERAL = (0.1, 0.2, 0.4, 0.8, 1.6)
+TV = (0.05, 0.1, 0.2, 0.4, 0.8, 1.2, 1.6)
+BILATERAL = ((0.1, 2), (0.2, 2), (0.4, 2), (0.8, 2), (1.6, 2))  # of colour, of place
+ITERATIONS = 10, 30
 
 
 def pictures(icons: IconSet, count: int, seed: int = 0) -> Tensor:
@@ -75,10 +77,10 @@ def rivals(damage: Damage) -> dict[str, list[Method]]:
     if damage.name == "noise":
         return {
             "bilateral": [
-                lambda y, _, s=s: each(
-                    lambda a, i: denoise_bilateral(np.clip(a, 0, 1), sigma_color=s, sigma_spatial=2, channel_axis=-1), y
+                lambda y, _, c=c, s=s: each(
+                    lambda a, i: denoise_bilateral(np.clip(a, 0, 1), sigma_color=c, sigma_spatial=s, channel_axis=-1), y
                 )
-                for s in BILATERAL
+                for c, s in BILATERAL
             ],
             "TV": [
                 lambda y, _, w=w: each(lambda a, i: denoise_tv_chambolle(a, weight=w, channel_axis=-1), y) for w in TV
@@ -87,7 +89,7 @@ def rivals(damage: Damage) -> dict[str, list[Method]]:
     if damage.name == "missing":
         return {"biharmonic": [biharmonic]}
     if damage.name == "blur":
-        return {"Richardson-Lucy": [lucy]}
+        return {"Richardson-Lucy": [partial(lucy, iterations=n) for n in ITERATIONS]}
     return {"bicubic": [lambda y, d: F.interpolate(y, scale_factor=d.operator.factor, mode="bicubic")]}
 
 
@@ -97,8 +99,8 @@ def biharmonic(y: Tensor, damage: Damage) -> Tensor:
     return each(lambda a, i: inpaint_biharmonic(a, gaps[i], channel_axis=-1), y)
 
 
-def lucy(y: Tensor, damage: Damage) -> Tensor:
-    """Thirty iterations of Richardson and Lucy's, on a picture mirrored at its edges."""
+def lucy(y: Tensor, damage: Damage, iterations: int) -> Tensor:
+    """Some iterations of Richardson and Lucy's, on a picture mirrored at its edges."""
     sigma = damage.operator.sigma
     reach = int(4 * sigma + 0.5)
     beyond = 48  # what it makes of the zeros beyond an edge does not come in from there
@@ -107,7 +109,7 @@ def lucy(y: Tensor, damage: Damage) -> Tensor:
 
     def one(a: np.ndarray, _: int) -> np.ndarray:
         wide = np.pad(np.clip(a, 0, 1), ((beyond, beyond), (beyond, beyond), (0, 0)), mode="symmetric")
-        rows = [richardson_lucy(wide[..., c], spot, num_iter=30) for c in range(3)]
+        rows = [richardson_lucy(wide[..., c], spot, num_iter=iterations) for c in range(3)]
         return np.stack(rows, -1)[beyond:-beyond, beyond:-beyond]
 
     return each(one, y)
