@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,15 @@ def test_the_notebook_is_that_of_the_script(name: str) -> None:
     assert len(text) < 400_000
     pictures = [output for row in outputs for output in row if output["output_type"] == "display_data"]
     assert len(pictures) == SCRIPTS[name].read_text().count("\nshow("), mend
+
+
+def test_the_gallery_shows_what_its_script_makes() -> None:
+    docs = EXAMPLES.parent / "docs"
+    shown = {docs / path for path in re.findall(r"\]\((images/gallery/[^)]+)\)", (docs / "gallery.md").read_text())}
+    assert shown == set((docs / "images" / "gallery").iterdir())
+    made = runpy.run_path(str(EXAMPLES.parent / "benchmarks" / "gallery.py"), run_name="gallery")["SHEETS"]
+    assert {path.stem for path in shown} == set(made)
+    assert sum(path.stat().st_size for path in shown) < 1_500_000
 
 
 def test_cells_are_cut_and_run() -> None:
