@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -438,3 +439,13 @@ def test_depth_is_estimated_where_none_is_given(parts_for: Callable[[str], Compo
     door = sfumato.StableDiffusionDepth2ImgPipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no depth_estimator; give a depth_map"):
         door(PROMPT, Image.new("RGB", (32, 32)))
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKL", "UNet2DConditionModel", "CLIPTextModel", "CLIPTokenizer"])
+def test_a_part_that_may_not_be_fetched_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*_: Any) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    with pytest.raises(FileNotFoundError, match="leave out local_files_only to fetch it"):
+        getattr(sfumato, name).from_pretrained("nobody/nothing", subfolder="vae", local_files_only=True)

@@ -94,9 +94,18 @@ def single(path: str | Path, dtype: torch.dtype, prediction: str | None) -> Comp
     return load_model(place, dtype, prediction=prediction)
 
 
-def part(source: str | Path, subfolder: str | None, revision: str | None, cache: str | Path | None) -> Path:
-    """The folder of a part: of its own, or below a model's."""
-    place = Path(source) if Path(source).is_dir() else found(source, None, None, revision, cache)
+def part(
+    where: str,
+    source: str | Path,
+    subfolder: str | None,
+    revision: str | None,
+    cache: str | Path | None,
+    others: Mapping[str, Any],
+) -> Path:
+    """The folder of a part: of its own, or below a model's; others: what else was given to `where`."""
+    passed_over({name: value for name, value in others.items() if name != "local_files_only"}, where)
+    local = bool(others.get("local_files_only"))
+    place = Path(source) if Path(source).is_dir() else found(source, None, None, revision, cache, local)
     return place / subfolder if subfolder else place
 
 
@@ -115,8 +124,7 @@ class AutoencoderKL(KL):
         **others: Any,
     ) -> KL:
         """Read the `vae` folder of a model, an autoencoder's own folder, or a file."""
-        passed_over({k: v for k, v in others.items() if k != "local_files_only"}, "AutoencoderKL.from_pretrained")
-        place = part(source, subfolder, revision, cache_dir)
+        place = part("AutoencoderKL.from_pretrained", source, subfolder, revision, cache_dir, others)
         return cast(KL, load_vae_folder(place, torch_dtype or torch.float32, variant=variant))
 
     @classmethod
@@ -146,8 +154,7 @@ class UNet2DConditionModel(UNet):
         **others: Any,
     ) -> UNet:
         """Read the `unet` folder of a model, or a U-Net's own folder."""
-        passed_over({k: v for k, v in others.items() if k != "local_files_only"}, "UNet2DConditionModel")
-        place = part(source, subfolder, revision, cache_dir)
+        place = part("UNet2DConditionModel.from_pretrained", source, subfolder, revision, cache_dir, others)
         return cast(UNet, load_part(place, UNETS, torch_dtype or torch.float32, variant=variant))
 
     @classmethod
@@ -171,12 +178,9 @@ class CLIPTextModel(TextModel):
         **others: Any,
     ) -> TextModel:
         """Read the `text_encoder` folder of a model, or a tower's own folder."""
-        passed_over({k: v for k, v in others.items() if k != "local_files_only"}, "CLIPTextModel.from_pretrained")
-        place = part(source, subfolder, revision, cache_dir)
-        network = load_part(
-            place, {k: v for k, v in TEXTS.items() if v is CLIPTextConfig}, torch_dtype or torch.float32
-        )
-        return cast(TextModel, network)
+        place = part("CLIPTextModel.from_pretrained", source, subfolder, revision, cache_dir, others)
+        towers = {name: kind for name, kind in TEXTS.items() if kind is CLIPTextConfig}
+        return cast(TextModel, load_part(place, towers, torch_dtype or torch.float32, variant=variant))
 
 
 class CLIPTokenizer(ClipTokenizer):
@@ -192,5 +196,6 @@ class CLIPTokenizer(ClipTokenizer):
         **others: Any,
     ) -> ClipTokenizer:
         """Read the `tokenizer` folder of a model, or a tokenizer's own folder."""
-        passed_over({k: v for k, v in others.items() if k != "local_files_only"}, "CLIPTokenizer.from_pretrained")
-        return ClipTokenizer.from_folder(part(source, subfolder, revision, cache_dir))
+        return ClipTokenizer.from_folder(
+            part("CLIPTokenizer.from_pretrained", source, subfolder, revision, cache_dir, others)
+        )
