@@ -18,17 +18,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
-from torch import nn
-
-from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from sfumato.models.bert import LDMBertConfig, LDMBertModel
-from sfumato.models.classes import ClassEmbedder, ClassEmbedderConfig
-from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
+from sfumato.models.autoencoder import AutoencoderConfig
+from sfumato.models.bert import LDMBertConfig
+from sfumato.models.classes import ClassEmbedderConfig
+from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.layers import Attention
-from sfumato.models.unet import UNet, UNetConfig
-from sfumato.models.vq import VQConfig, VQModel
+from sfumato.models.unet import UNetConfig
+from sfumato.models.vq import VQConfig
 from sfumato.weights.keymap import KeyMap, Row
-from sfumato.weights.meta import on_meta
+from sfumato.weights.parts import network
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -148,7 +146,7 @@ def old_attention_map(config: AutoencoderConfig | VQConfig | UNetConfig) -> KeyM
 def clip_map(config: CLIPTextConfig) -> KeyMap:
     """CLIP's text tower as transformers names it."""
     extras = ("text_model.embeddings.position_ids", "text_projection", "text_projection.weight", "logit_scale")
-    names = on_meta(lambda: CLIPTextModel(config)).state_dict()
+    names = network(config).state_dict()
     return KeyMap(tuple(Row((name,), name) for name in names), extras)
 
 
@@ -168,7 +166,7 @@ def openclip_map(config: CLIPTextConfig) -> KeyMap:
     blocks = {f"text_model.encoder.layers.{i}": f"transformer.resblocks.{i}" for i in range(layers)}
     blocks |= {"text_model.embeddings.token_embedding": "token_embedding", "text_model.final_layer_norm": "ln_final"}
     rows: list[Row] = []
-    for name in on_meta(lambda: CLIPTextModel(config)).state_dict():
+    for name in network(config).state_dict():
         block, _, part = name.partition(".self_attn.")
         if name == "text_model.embeddings.position_embedding.weight":
             rows.append(Row((name,), "positional_embedding"))
@@ -199,13 +197,13 @@ def bert_map(config: LDMBertConfig) -> KeyMap:
     for i in range(config.encoder_layers):
         for ours, (half, name) in BERT_LAYER.items():
             blocks[f"model.layers.{i}.{ours}"] = f"attn_layers.layers.{2 * i + half}.{name}"
-    names = on_meta(lambda: LDMBertModel(config)).state_dict()
+    names = network(config).state_dict()
     return KeyMap(tuple(Row((name,), translated(name, blocks, {})) for name in names))
 
 
 def classes_map(config: ClassEmbedderConfig) -> KeyMap:
     """The table of classes (encoders/modules.py, ClassEmbedder)."""
-    return KeyMap(tuple(Row((name,), name) for name in on_meta(lambda: ClassEmbedder(config)).state_dict()))
+    return KeyMap(tuple(Row((name,), name) for name in network(config).state_dict()))
 
 
 def ema_name(name: str) -> str:
@@ -276,13 +274,6 @@ def vae_blocks(levels: int, layers: int) -> Iterator[tuple[str, str]]:
             yield f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{up}.block.{j}"
         yield f"encoder.down_blocks.{i}.downsamplers.0.conv", f"encoder.down.{i}.downsample.conv"
         yield f"decoder.up_blocks.{i}.upsamplers.0.conv", f"decoder.up.{up}.upsample.conv"
-
-
-def network(config: AutoencoderConfig | VQConfig | UNetConfig) -> nn.Module:
-    """The network of a config, without memory."""
-    if isinstance(config, UNetConfig):
-        return on_meta(lambda: UNet(config))
-    return on_meta(lambda: VQModel(config) if isinstance(config, VQConfig) else AutoencoderKL(config))
 
 
 def translated(name: str, blocks: Mapping[str, str], leaves: Mapping[str, str]) -> str:

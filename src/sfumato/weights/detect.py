@@ -20,8 +20,7 @@ from sfumato.models.vq import VQConfig
 from sfumato.presets import PRESETS, Preset, TextConfig, VAEConfig
 from sfumato.weights import compvis
 from sfumato.weights.keymap import KeyMap, Row
-from sfumato.weights.meta import on_meta
-from sfumato.weights.parts import NETWORKS
+from sfumato.weights.parts import network
 from sfumato.weights.source import Info, Weights
 
 UNET, VAE, TEXT = "unet", "vae", "text_encoder"
@@ -83,7 +82,7 @@ class Found:
 
 def plain_map(config: Any) -> KeyMap:
     """The folder layout itself: every name stands for itself."""
-    names = on_meta(lambda: NETWORKS[type(config)](config)).state_dict()
+    names = network(config).state_dict()
     return KeyMap(tuple(Row((name,), name) for name in names))
 
 

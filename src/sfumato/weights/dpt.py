@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sfumato.models.depth import DepthEstimator
 from sfumato.models.dpt import DPTConfig
-from sfumato.weights.compvis import on_meta
 from sfumato.weights.keymap import KeyMap, Row
+from sfumato.weights.meta import on_meta
 
 # What transformers writes, and the published files lack: layers that no picture goes through.
 UNREAD = ("neck.fusion_stage.layers.0.residual_layer1.*",)

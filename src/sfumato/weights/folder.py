@@ -40,8 +40,7 @@ from sfumato.text.tokenizer import ClipTokenizer
 from sfumato.weights import compvis
 from sfumato.weights.dpt import dpt_map
 from sfumato.weights.keymap import KeyMap
-from sfumato.weights.meta import on_meta
-from sfumato.weights.parts import NETWORKS, VAE, Components, HasComponents, TextEncoder, Tokenizer
+from sfumato.weights.parts import VAE, Components, HasComponents, TextEncoder, Tokenizer, network
 from sfumato.weights.safe import fill, write_tensors
 from sfumato.weights.source import open_weights
 
@@ -359,7 +358,7 @@ def _network(
     """One network of class `name`, in evaluation mode; its tensors are read and converted one by one."""
     parse = cast(Any, classes[name]).from_dict
     config = parse({**defaults, **read_json(folder / CONFIG), "_class_name": name})
-    module = on_meta(lambda: NETWORKS[type(config)](config))
+    module = network(config)
     file = weights_file(folder, variant, dtype)
     with open_weights(file) as weights:
         table = _spelling(config, weights)

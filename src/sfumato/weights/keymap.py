@@ -190,4 +190,5 @@ def listed(what: str, names: Sequence[str]) -> str:
     if not names:
         return ""
     more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
-    return f"{len(names)} {what}: {', '.join(names[:NAMES])}{more}"
+    shown = (name if name.isprintable() else repr(name) for name in names[:NAMES])
+    return f"{len(names)} {what}: {', '.join(shown)}{more}"

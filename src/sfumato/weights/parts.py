@@ -20,6 +20,7 @@ from sfumato.models.vq import VQConfig, VQModel
 from sfumato.presets import Preset, of_folder
 from sfumato.text.bert import BertTokenizer
 from sfumato.text.tokenizer import ClipTokenizer
+from sfumato.weights.meta import on_meta
 
 VAE = AutoencoderKL | VQModel
 TextEncoder = CLIPTextModel | LDMBertModel | ClassEmbedder
@@ -35,6 +36,11 @@ NETWORKS: Mapping[type, Callable[[Any], nn.Module]] = {
     DPTConfig: DepthEstimator,
 }
 """The network of each kind of configuration."""
+
+
+def network(config: Any) -> nn.Module:
+    """The network of a configuration, without memory: for its names, or to be filled."""
+    return on_meta(lambda: NETWORKS[type(config)](config))
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sfumato.files import replacing
+from sfumato.weights.keymap import listed
 from sfumato.weights.mapped import page_out
 from sfumato.weights.meta import Module, on_meta
 from sfumato.weights.source import Info, Weights, open_weights
-
-ROWS = 8  # names listed in an error before "and n more"
 
 
 def read_tensors(
@@ -98,7 +97,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: str = "the given tensors
     bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
         raise ValueError(
-            f"{source} cannot be used: {_listed('with NaN or infinite numbers', bad)}; "
+            f"{source} cannot be used: {listed('with NaN or infinite numbers', bad)}; "
             "fetch or save it again, and in float32 if it was converted to float16"
         )
 
@@ -142,10 +141,10 @@ def _compare(module: nn.Module, infos: Mapping[str, Info], source: str) -> None:
         if infos[name].dtype.is_floating_point != wanted[name].dtype.is_floating_point
     ]
     problems = [
-        _listed("missing", sorted(wanted.keys() - infos.keys())),
-        _listed("unknown", sorted(infos.keys() - wanted.keys())),
-        _listed("of another shape", shapes),
-        _listed("of another type", types),
+        listed("missing", sorted(wanted.keys() - infos.keys())),
+        listed("unknown", sorted(infos.keys() - wanted.keys())),
+        listed("of another shape", shapes),
+        listed("of another type", types),
     ]
     if any(problems):
         kind = type(module).__name__
@@ -168,14 +167,6 @@ def _assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str, check
 def _placed(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
     wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     return tensor.to(device=device, dtype=wanted)
-
-
-def _listed(what: str, rows: Sequence[str]) -> str:
-    if not rows:
-        return ""
-    more = f" and {len(rows) - ROWS} more" if len(rows) > ROWS else ""
-    shown = (row if row.isprintable() else repr(row) for row in rows[:ROWS])
-    return f"{len(rows)} {what}: {', '.join(shown)}{more}"
 
 
 def lay_out(module: nn.Module) -> None:

@@ -48,8 +48,7 @@ from sfumato.weights.detect import (
     spells,
 )
 from sfumato.weights.keymap import LazyTensors, listed
-from sfumato.weights.meta import on_meta
-from sfumato.weights.parts import NETWORKS, HasComponents, Tokenizer, preset_of
+from sfumato.weights.parts import HasComponents, Tokenizer, network, preset_of
 from sfumato.weights.safe import fill, write_tensors
 from sfumato.weights.source import Weights, open_weights
 
@@ -240,9 +239,9 @@ def read_part(
         table = table.renamed(compvis.ema_name)
         names = [name for name in table.theirs if name in weights.infos]
     lazily = LazyTensors({name: partial(weights.__getitem__, name) for name in names})
-    network = on_meta(partial(NETWORKS[type(config)], config))
-    fill(network, table.loading(lazily, source), source, check=weights.converts)
-    return network.eval()
+    module = network(config)
+    fill(module, table.loading(lazily, source), source, check=weights.converts)
+    return module.eval()
 
 
 def below(weights: Weights, there: Mapping[str, Place], part: str) -> list[str]:
