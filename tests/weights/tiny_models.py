@@ -10,13 +10,27 @@ from torch import nn
 
 from sfumato.diffusion.scheduler import Scheduler
 from sfumato.models.bert import LDMBertConfig
+from sfumato.models.bit import BitConfig
 from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
+from sfumato.models.dpt import DPTConfig
 from sfumato.presets import PRESETS, Preset
 from sfumato.text.standard import bert_tokenizer, clip_tokenizer
 from sfumato.weights.parts import NETWORKS, Components
 
 WIDTH = 32
+TINY_DEPTH = DPTConfig(
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=48,
+    image_size=64,
+    backbone_out_indices=(0, 1, 2, 3),
+    reassemble_factors=(1, 1, 1, 0.5),
+    neck_hidden_sizes=(32, 64, 24, 40),
+    fusion_hidden_size=16,
+    backbone_config=BitConfig(embedding_size=16, hidden_sizes=(32, 64, 96), depths=(1, 1, 1), num_groups=4),
+)
 
 
 def tiny(preset: Preset) -> Preset:
@@ -24,13 +38,13 @@ def tiny(preset: Preset) -> Preset:
 
     Text states shrink by a common factor, so that the families stay apart.
     """
-    levels = len(preset.unet.block_out_channels)
-    context = preset.unet.cross_attention_dim // WIDTH if preset.unet.has_cross_attention else 1280
+    levels = len(preset.denoiser.block_out_channels)
+    context = preset.denoiser.cross_attention_dim // WIDTH if preset.denoiser.has_cross_attention else 1280
     unet = replace(
-        preset.unet,
+        preset.denoiser,
         block_out_channels=(WIDTH,) * (levels - 1) + (2 * WIDTH,),
         cross_attention_dim=context,
-        attention_head_dim=preset.unet.attention_head_dim if not preset.unet.has_cross_attention else 2,
+        attention_head_dim=preset.denoiser.attention_head_dim if not preset.denoiser.has_cross_attention else 2,
         norm_num_groups=8,
     )
     vae = replace(
@@ -39,7 +53,8 @@ def tiny(preset: Preset) -> Preset:
         norm_num_groups=4,
         **({"num_vq_embeddings": 64} if hasattr(preset.vae, "num_vq_embeddings") else {}),
     )
-    return replace(preset, unet=unet, vae=vae, text=tiny_text(preset.text))
+    depth = None if preset.depth is None else TINY_DEPTH
+    return replace(preset, denoiser=unet, vae=vae, text=tiny_text(preset.text), depth=depth)
 
 
 def tiny_text(text: Any) -> Any:
@@ -88,13 +103,14 @@ def random_parts(preset: Preset, seed: int = 0) -> Components:
         tokenizer = bert_tokenizer()
     low_res = preset.low_res_scheduler
     return Components(
-        unet=build(preset.unet, seed),
+        denoiser=build(preset.denoiser, seed),
         vae=build(preset.vae, seed + 1),
         text_encoder=None if text is None else build(text, seed + 2),
         tokenizer=tokenizer,
         scheduler=Scheduler.from_config(preset.scheduler),
         low_res_scheduler=None if low_res is None else Scheduler.from_config(low_res),
         pipeline=preset.pipeline,
+        depth_estimator=None if preset.depth is None else build(preset.depth, seed + 3),
     )
 
 

@@ -7,6 +7,7 @@ first_stage_model.              the autoencoder                 vae_map
 cond_stage_model.transformer.   CLIP or the LDM's BERT          clip_map, bare_clip_map, bert_map
 cond_stage_model.model.         OpenCLIP                        openclip_map
 cond_stage_model.               the class embedder              classes_map
+depth_model.model.              the depth estimator             dpt.midas_map
 model_ema.                      averages of the U-Net, see ema_name
 
 A map is made of three things: our names, listed by the module that the config describes; where each block stands
@@ -37,7 +38,7 @@ CLASSES = "cond_stage_model."
 EMA = "model_ema."
 
 # What whole checkpoints carry besides the components: the schedule, which its betas give, the trainer's counters
-# and averages, and networks of other purposes (the depth estimator, the upscaler's noise schedule).
+# and averages, and parts of other purposes (the upscaler's noise schedule).
 FILE_EXTRAS = (
     "betas",
     "*alphas_cumprod*",
@@ -50,7 +51,6 @@ FILE_EXTRAS = (
     "ztsnr",
     "model_ema.*",
     "cond_stage_model.logit_scale",
-    "depth_model.*",
     "low_scale_model.*",
     "embedding_manager.*",
 )

@@ -15,16 +15,17 @@ from sfumato.models.autoencoder import AutoencoderConfig
 from sfumato.models.bert import LDMBertConfig
 from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
+from sfumato.models.dpt import STATES, DPTConfig
 from sfumato.models.unet import UNetConfig
 from sfumato.models.vq import VQConfig
 from sfumato.presets import PRESETS, Preset, TextConfig, VAEConfig
-from sfumato.weights import compvis
+from sfumato.weights import compvis, dpt
 from sfumato.weights.keymap import KeyMap, Row
 from sfumato.weights.parts import network
 from sfumato.weights.source import Info, Weights
 
-UNET, VAE, TEXT = "unet", "vae", "text_encoder"
-PARTS = (UNET, VAE, TEXT)
+UNET, VAE, TEXT, DEPTH = "unet", "vae", "text_encoder", "depth_estimator"
+PARTS = (UNET, VAE, TEXT, DEPTH)
 EMA = "model_ema."
 # How many steps the two 512-pixel models of the Stable Diffusion 2 kind had been trained when they were published;
 # their weights look like those of the 768-pixel ones, which predict v.
@@ -124,6 +125,18 @@ def _vae(infos: Shapes, prefix: str, level: str) -> Signature:
     return "KL" if codes is None else "VQ", latent, infos[prefix + "encoder.conv_in.weight"].shape[0], levels
 
 
+def depth_midas(infos: Shapes, prefix: str) -> Signature:
+    """Width, number of tokens, channels of the states that are fused."""
+    model = f"{prefix}pretrained.model"
+    states = (infos.get(f"{prefix}scratch.layer{i + 1}_rn.weight") for i in range(STATES))
+    tokens = infos.get(f"{model}.pos_embed")
+    return (
+        infos[f"{model}.cls_token"].shape[-1],
+        None if tokens is None else tokens.shape[1],
+        tuple(state.shape[1] for state in states if state is not None),
+    )
+
+
 def table_of(name: str) -> Callable[[Shapes, str], Signature]:
     """The signature of a text tower: the size (rows, width) of its table of embeddings."""
     return lambda infos, prefix: tuple(infos[prefix + name].shape)
@@ -143,6 +156,8 @@ def signature_of(config: Any) -> Signature:
         return config.vocab_size, config.d_model
     if isinstance(config, ClassEmbedderConfig):
         return config.num_classes, config.embed_dim
+    if isinstance(config, DPTConfig):
+        return config.hidden_size, 1 + config.grid**2, config.neck_hidden_sizes
     raise TypeError(f"{type(config).__name__} is no configuration of a known network")
 
 
@@ -231,6 +246,15 @@ DIALECTS: tuple[Dialect, ...] = (
         compvis.classes_map,
         table_of("embedding.weight"),
     ),
+    Dialect(
+        DEPTH,
+        "MiDaS",
+        "pretrained.model.cls_token",
+        ("depth_model.model.",),
+        DPTConfig,
+        dpt.midas_map,
+        depth_midas,
+    ),
 )
 
 
@@ -263,9 +287,9 @@ def identify(weights: Weights, prediction: str | None = None, presets: Sequence[
     return Found(there, preset, evidence, any(name.startswith(EMA) for name in weights.infos))
 
 
-def config_of(preset: Preset, part: str) -> UNetConfig | VAEConfig | TextConfig | None:
+def config_of(preset: Preset, part: str) -> UNetConfig | VAEConfig | TextConfig | DPTConfig | None:
     """A preset's configuration of one component."""
-    return {UNET: preset.unet, VAE: preset.vae, TEXT: preset.text}[part]
+    return {UNET: preset.denoiser, VAE: preset.vae, TEXT: preset.text, DEPTH: preset.depth}[part]
 
 
 def _fits(preset: Preset, place: Place) -> bool:

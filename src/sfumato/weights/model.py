@@ -10,7 +10,7 @@ import torch
 
 from sfumato.presets import BUILT_IN, PRESETS, Preset, VAEConfig
 from sfumato.weights import parts
-from sfumato.weights.detect import PARTS, TEXT, UNET, VAE, places, signature_of, spells
+from sfumato.weights.detect import DEPTH, PARTS, TEXT, UNET, VAE, places, signature_of, spells
 from sfumato.weights.folder import load_folder, load_vae_folder, save_folder
 from sfumato.weights.hub import find_model
 from sfumato.weights.parts import Components, HasComponents, preset_of
@@ -37,7 +37,7 @@ def load_model(
                 network.
     dtype:      None leaves every tensor as it is stored.
     vae:        where to take the autoencoder from instead: a file, a `vae` folder, or a model folder.
-    base:       a model of the same family that supplies the parts which a file lacks.
+    base:       a model of the same family that supplies the parts which a file lacks, also an estimator of depth.
     prediction: overrides what the source says, see `sfumato.diffusion.prediction`.
     ema:        take the averaged U-Net where a file has both kinds; None does as the model was published.
     Raises FileNotFoundError or ValueError in one line.
@@ -102,14 +102,16 @@ def complete(
     networks = dict(single.networks) | ({} if vae is None else {VAE: vae})
     tokenizer = single.tokenizer
     missing = [part for part in single.missing if part not in networks]
-    if missing:
+    if missing and base is None:
         names = {UNET: "U-Net", VAE: "autoencoder", TEXT: "text encoder"}
         wanted = " and no ".join(names[part] for part in missing)
-        if base is None:
-            raise ValueError(
-                f"{single.path} has no {wanted}; name a model of its family ({preset.title}) that has, with base "
-                "(--base FILE_OR_FOLDER)"
-            )
+        raise ValueError(
+            f"{single.path} has no {wanted}; name a model of its family ({preset.title}) that has, with base "
+            "(--base FILE_OR_FOLDER)"
+        )
+    if preset.task == "depth" and DEPTH not in networks:
+        missing.append(DEPTH)  # which may be had, but need not
+    if missing and base is not None:
         others = load_model(base, dtype, device)
         theirs = preset_of(others)
         if _family(theirs) != _family(preset):
@@ -117,18 +119,20 @@ def complete(
                 f"{base} is {theirs.title}, whose parts do not go with {single.path} ({preset.title}); "
                 "name a base of the same family"
             )
-        supply: dict[str, Any] = {UNET: others.unet, VAE: others.vae, TEXT: others.text_encoder}
+        supply: dict[str, Any] = {UNET: others.denoiser, VAE: others.vae, TEXT: others.text_encoder}
+        supply[DEPTH] = others.depth_estimator
         networks |= {part: supply[part] for part in missing}
         if TEXT in missing:
             tokenizer = others.tokenizer
     return Components(
-        unet=cast("parts.UNet", networks[UNET]),
+        denoiser=cast("parts.Denoiser", networks[UNET]),
         vae=cast("parts.VAE", networks[VAE]),
         text_encoder=cast("parts.TextEncoder | None", networks.get(TEXT)),
         tokenizer=tokenizer,
         scheduler=single.scheduler,
         low_res_scheduler=single.low_res_scheduler,
         pipeline=preset.pipeline,
+        depth_estimator=cast("parts.DepthEstimator | None", networks.get(DEPTH)),
     )
 
 

@@ -3,6 +3,7 @@
 model.diffusion_model.*   the U-Net
 first_stage_model.*       the autoencoder
 cond_stage_model.*        the text tower
+depth_model.*             the depth estimator, in depth models
 model_ema.*               averages of the U-Net, in training checkpoints
 
 Such a file has no configuration; `detect.identify` finds the preset that its shapes match. Files that this package
@@ -28,6 +29,8 @@ from sfumato.models.autoencoder import AutoencoderConfig
 from sfumato.models.bert import LDMBertConfig
 from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
+from sfumato.models.depth import DepthEstimator, DPTProcessorConfig
+from sfumato.models.dpt import DPTConfig
 from sfumato.models.unet import UNetConfig
 from sfumato.models.vq import VQConfig
 from sfumato.presets import PRESETS, Preset, TextConfig, of_folder
@@ -36,6 +39,7 @@ from sfumato.text.standard import bert_tokenizer, clip_tokenizer
 from sfumato.text.tokenizer import END, ClipTokenizer
 from sfumato.weights import compvis
 from sfumato.weights.detect import (
+    DEPTH,
     DIALECTS,
     PARTS,
     TEXT,
@@ -63,6 +67,7 @@ CONFIGS: Mapping[str, type] = {
     "CLIPTextModel": CLIPTextConfig,
     "LDMBertModel": LDMBertConfig,
     "ClassEmbedder": ClassEmbedderConfig,
+    "DPTForDepthEstimation": DPTConfig,
 }
 
 
@@ -80,7 +85,7 @@ class Single:
     @property
     def missing(self) -> list[str]:
         """The components that the model needs and the file lacks."""
-        needed = [part for part in PARTS if part != TEXT or self.preset.text is not None]
+        needed = [UNET, VAE] if self.preset.text is None else [UNET, VAE, TEXT]
         return [part for part in needed if part not in self.networks]
 
 
@@ -116,6 +121,8 @@ def load_single(
         for part in found.places
         if part in only
     }
+    if isinstance(depth := networks.get(DEPTH), DepthEstimator):
+        depth.processor = read_processor(weights)
     return Single(
         Path(path),
         preset,
@@ -134,9 +141,11 @@ def save_single(parts: HasComponents, path: Path | str, dtype: torch.dtype | Non
            other programs, and finds released models only.
     """
     preset = preset_of(parts)
-    modules = {UNET: parts.unet, VAE: parts.vae} | ({} if parts.text_encoder is None else {TEXT: parts.text_encoder})
+    given = {UNET: parts.denoiser, VAE: parts.vae, TEXT: parts.text_encoder, DEPTH: depth_of(parts)}
     tensors: dict[str, Callable[[], Tensor]] = {}
-    for part, module in modules.items():
+    for part, module in given.items():
+        if module is None:
+            continue
         dialect = next(d for d in DIALECTS if d.part == part and spells(d, module.config))
         saving = dialect.table(module.config).prefixed(dialect.prefixes[0]).saving(module.state_dict(), part)
         tensors |= {name: partial(saving.__getitem__, name) for name in saving}  # made one by one when written
@@ -168,16 +177,23 @@ def recognise(weights: Weights, prediction: str | None = None, presets: Sequence
 
 def describe(parts: HasComponents) -> dict[str, Any]:
     """The configurations of a model as JSON, with the tokeniser's files where it is not one of the public ones."""
-    low_res = parts.low_res_scheduler
+    low_res, depth = parts.low_res_scheduler, depth_of(parts)
     return {
         "pipeline": parts.pipeline,
-        "unet": parts.unet.config.to_dict(),
+        "unet": parts.denoiser.config.to_dict(),
         "vae": parts.vae.config.to_dict(),
         "text": None if parts.text_encoder is None else parts.text_encoder.config.to_dict(),
         "scheduler": dict(parts.scheduler.config),
         "low_res_scheduler": None if low_res is None else dict(low_res.config),
         "tokenizer": tokenizer_files(parts.tokenizer),
+        "depth_estimator": None if depth is None else depth.config.to_dict(),
+        "depth_processor": None if depth is None else depth.processor.to_dict(),
     }
+
+
+def depth_of(parts: HasComponents) -> DepthEstimator | None:
+    """The estimator of a depth model; models of other tasks are written without."""
+    return parts.depth_estimator if preset_of(parts).task == "depth" else None
 
 
 def read_configuration(raw: Mapping[str, Any]) -> Any:
@@ -193,8 +209,9 @@ def noted(raw: Mapping[str, Any]) -> Preset:
     text = None if raw["text"] is None else read_configuration(raw["text"])
     spacing = Scheduler.from_config(raw["scheduler"]).spacing
     unet, vae = read_configuration(raw["unet"]), read_configuration(raw["vae"])
-    preset = of_folder(raw["pipeline"], unet, vae, text, raw["scheduler"], spacing)
-    return replace(preset, low_res_scheduler=raw["low_res_scheduler"])
+    preset = of_folder(raw["pipeline"], unet, vae, (text,), raw["scheduler"], spacing)
+    depth = None if raw.get("depth_estimator") is None else read_configuration(raw["depth_estimator"])
+    return replace(preset, low_res_scheduler=raw["low_res_scheduler"], depth=depth)
 
 
 def tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, str] | None:
@@ -221,6 +238,11 @@ def read_tokenizer(weights: Weights, text: TextConfig | None) -> Tokenizer | Non
     if isinstance(text, CLIPTextConfig):
         return clip_tokenizer(OPENCLIP_PAD if text.hidden_act == "gelu" else END)
     return bert_tokenizer() if isinstance(text, LDMBertConfig) else None
+
+
+def read_processor(weights: Weights) -> DPTProcessorConfig:
+    """How pictures are prepared for a file's depth estimator: as its note says, else as is usual."""
+    return DPTProcessorConfig.from_dict(json.loads(weights.metadata.get(NOTE, "{}")).get("depth_processor") or {})
 
 
 def read_part(
