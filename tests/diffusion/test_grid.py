@@ -10,12 +10,12 @@ import pytest
 from diffusers.schedulers import AysSchedules
 from scipy import stats
 
-from sfumato.diffusion import SPACINGS, FlowPath, Path, VEPath, VPPath, betas, make_grid
+from sfumato.diffusion import SPACINGS, AnglePath, FlowPath, Path, VEPath, VPPath, betas, make_grid
 from sfumato.diffusion.grid import ALIGNED, beta_levels, beta_quantile
 
 from .oracle import VP
 
-PATHS = (VP, VEPath(), FlowPath(3.0), VPPath(betas("linear"), zero_snr=True))
+PATHS = (VP, VEPath(), FlowPath(3.0), VPPath(betas("linear"), zero_snr=True), AnglePath())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 1000])

@@ -191,6 +191,8 @@ CASES: list[tuple[str, dict, int]] = [
     ("DPMSolverMultistepInverseScheduler", {"timestep_spacing": "linspace", "use_karras_sigmas": True}, 20),
     ("EDMEulerScheduler", {"prediction_type": "epsilon"}, 12),
     ("EDMEulerScheduler", {"prediction_type": "epsilon", "sigma_schedule": "exponential"}, 12),
+    ("IPNDMScheduler", {}, 10),
+    ("IPNDMScheduler", {}, 3),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, 20),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0, "use_karras_sigmas": True}, 20),
     ("FlowMatchEulerDiscreteScheduler", {"use_exponential_sigmas": True}, 28),
@@ -260,7 +262,7 @@ def test_curves_have_the_levels_of_diffusers(name: str, overrides: dict) -> None
     assert (ours.timesteps - peer.timesteps).abs().max() <= 1
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"DDIMInverseScheduler"}))  # whose peer adds no noise
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"DDIMInverseScheduler", "IPNDMScheduler"}))  # these add none
 def test_add_noise_and_velocity(name: str) -> None:
     """As diffusers computes them at the timesteps of the schedule."""
     ours, peer = Scheduler.makers()[name](), getattr(diffusers, name)()

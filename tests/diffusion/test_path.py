@@ -8,11 +8,11 @@ import diffusers
 import pytest
 import torch
 
-from sfumato.diffusion import FlowPath, Path, Point, VEPath, VPPath, add_noise, betas
+from sfumato.diffusion import AnglePath, FlowPath, Path, Point, VEPath, VPPath, add_noise, betas
 
 from .oracle import VP
 
-PATHS = (VP, VEPath(), FlowPath(3.0), VPPath(betas("linear"), zero_snr=True))
+PATHS = (VP, VEPath(), FlowPath(3.0), VPPath(betas("linear"), zero_snr=True), AnglePath())
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
@@ -114,6 +114,16 @@ def test_add_noise_takes_numbers_and_batches() -> None:
     )
     print(f"largest difference {apart:.2e}")
     assert apart < 1e-6
+
+
+def test_angles() -> None:
+    """Pure noise at 1, the data at 0, as much of one as of the other half way; an index is where `place` puts it."""
+    path = AnglePath()
+    assert path.point(1) == Point(1.0, 0.0, 1.0) and path.point(0) == Point(0.0, 1.0, 0.0)
+    assert path.point(0.5).alpha == pytest.approx(0.5**0.5) == path.point(0.5).sigma
+    assert [path.index(path.place(i)) for i in (0, 400.25, 999)] == pytest.approx([0, 400.25, 999])
+    with pytest.raises(ValueError, match=r"1\.5.*between 0 and 1"):
+        path.point(1.5)
 
 
 def test_flow_shift() -> None:

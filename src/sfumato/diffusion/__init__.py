@@ -22,12 +22,13 @@ from .named_solvers import (
     DPMSolverMultistepInverseScheduler,
     DPMSolverSDEScheduler,
     DPMSolverSinglestepScheduler,
+    IPNDMScheduler,
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
     UniPCMultistepScheduler,
 )
 from .names import find_sampler, find_spacing
-from .path import FlowPath, Path, Point, Points, VEPath, VPPath, add_noise, betas
+from .path import AnglePath, FlowPath, Path, Point, Points, VEPath, VPPath, add_noise, betas
 from .prediction import PREDICTIONS, Prediction, edm, get_prediction
 from .samplers import SAMPLERS, Entry, ancestral, evaluations, get_sampler, move, sampler
 from .scheduler import Plan, Scheduler, StepOutput
@@ -40,6 +41,7 @@ __all__ = [
     "PREDICTIONS",
     "SAMPLERS",
     "SPACINGS",
+    "AnglePath",
     "Brownian",
     "DDIMInverseScheduler",
     "DDIMScheduler",
@@ -58,6 +60,7 @@ __all__ = [
     "FlowPath",
     "Guidance",
     "HeunDiscreteScheduler",
+    "IPNDMScheduler",
     "InstructCFG",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .grid import level_range
 from .named import StraightScheduler
-from .path import END, Point
-from .samplers import Sampler
-from .scheduler import Generators, Plan, StepNoise, StepOutput
+from .path import END, AnglePath, Point
+from .samplers import Sampler, get_sampler
+from .scheduler import Generators, Plan, Scheduler, StepNoise, StepOutput
 from .table import LEVELS, TableScheduler, threshold
 
 
@@ -339,3 +339,38 @@ class DPMSolverMultistepInverseScheduler(SolverScheduler):
             return Plan(self.entry.run, [*points, end])
         euler = self.euler_at_final or (self.lower_order_final and steps < 15)
         return Plan(partial(self.entry.run, rule=self.solver_type, euler_at_final=euler), [*points, end])
+
+
+@dataclass(eq=False)
+class IPNDMScheduler(Scheduler):
+    """Improved PNDM (Zhang & Chen 2022) for networks that say v and are told an angle, as Dance Diffusion's.
+
+    Its slopes are kept until `set_timesteps`: a loop that is run again goes on with those of the loop before.
+    """
+
+    num_train_timesteps: int = 1000
+    trained_betas: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        self.allow("trained_betas", None)
+        self.entry = get_sampler("ipndm")
+        self.steps_offset = 0
+        self.past: list[Tensor] = []
+        self.prepare(AnglePath(self.num_train_timesteps), "v_prediction", "linspace")
+
+    def own_plan(self, steps: int, given: Sequence[Point] = ()) -> Plan:
+        """From pure noise; sigma is a squared sine, and the data is where its angle is 0."""
+        if steps < 1:
+            raise ValueError(f"the number of steps must be 1 or more, got {steps}")
+        sigmas = [math.sin(i / steps * math.pi / 2) ** 2 for i in range(steps, 0, -1)]
+        points = given or [self.path.point(math.asin(sigma) * 2 / math.pi) for sigma in sigmas]
+        return Plan(partial(self.entry.run, mix="eps"), [*points, END])
+
+    def lay(self, steps: int, given: Sequence[Point] = ()) -> Plan:
+        """No slopes are known of a new plan."""
+        self.past = []
+        return super().lay(steps, given)
+
+    def entered(self, plan: Plan, index: int) -> Sampler:
+        """As diffusers does it: with all slopes since the plan was laid."""
+        return partial(self.entry.run, mix="eps", past=self.past)

@@ -346,6 +346,58 @@ class FlowPath:
         return self._n * s / (self.shift + (1 - self.shift) * s) - 1
 
 
+class AnglePath:
+    """Variance preserving, with an angle for the network's time: sigma = sin(pi t / 2), t in 0..1.
+
+    The continuous schedule of v-diffusion (Salimans & Ho 2022, "cosine"), which Dance Diffusion's networks know.
+    num_train_timesteps: N, into how many indices the quarter turn is divided; grids count in them.
+    """
+
+    def __init__(self, num_train_timesteps: int = 1000) -> None:
+        self._n = num_train_timesteps
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """N, the number of indices."""
+        return self._n
+
+    @property
+    def last_index(self) -> float:
+        """0, where t is 1 / N."""
+        return 0.0
+
+    def point(self, t: float) -> Point:
+        """The point at network time t in 0..1."""
+        check_range(t, 0, 1)
+        return Point(float(t), math.sin((1 - t) * math.pi / 2), math.sin(t * math.pi / 2), self)
+
+    def at(self, t: Tensor) -> Points:
+        """The points for a batch of network times (B,)."""
+        t = t.float()
+        return batched(t, ((1 - t) * math.pi / 2).sin(), (t * math.pi / 2).sin())
+
+    def place(self, index: float) -> Point:
+        """The point at an index 0..N-1, the last of which is pure noise."""
+        check_range(index, 0, self._n - 1)
+        return self.point((index + 1) / self._n)
+
+    def level(self, point: Point) -> float:
+        """sigma / alpha; pure noise counts as the finite level of alpha² = 2**-24."""
+        return min(point.ratio, (1 / SMALLEST_ALPHA_BAR - 1) ** 0.5)
+
+    def at_level(self, level: float) -> Point:
+        """The point with sigma / alpha = level."""
+        return self.point(math.atan(level) * 2 / math.pi)
+
+    def at_ratio(self, ratio: float) -> Point:
+        """The point with this sigma / alpha."""
+        return self.at_level(ratio)
+
+    def index(self, point: Point) -> float:
+        """N t - 1."""
+        return self._n * point.t - 1
+
+
 def batched(t: Tensor, alpha: Tensor, sigma: Tensor) -> Points:
     """Points in float32 on t's device, with alpha and sigma shaped (B, 1, 1, 1)."""
     shape = (-1, 1, 1, 1)

@@ -58,7 +58,7 @@ class StepOutput:
 class Scheduler(Configured):
     """A sampler on a path, driven from outside.
 
-    path:         VPPath, VEPath or FlowPath.
+    path:         VPPath, VEPath, FlowPath or AnglePath.
     sampler:      a name in SAMPLERS.
     prediction:   what the network says; a name in PREDICTIONS.
     spacing:      a name in SPACINGS.

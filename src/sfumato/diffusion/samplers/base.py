@@ -184,7 +184,7 @@ class Turning:
 
 
 class Noisy:
-    """The same with eps for the direction on every path; alpha must not be 0 where it advances from."""
+    """The same with eps for the direction on every path; where it advances from, alpha counts as 1e-8 at least."""
 
     def slope(self, x: Tensor, x0: Tensor, a: Point) -> Tensor:
         """eps at a point where the clean picture is x0."""
@@ -192,7 +192,7 @@ class Noisy:
 
     def advance(self, x: Tensor, slope: Tensor, a: Point, b: Point) -> Tensor:
         """The x at b if eps were the given one."""
-        return move(x, (x - a.sigma * slope) / a.alpha, a, b)
+        return move(x, (x - a.sigma * slope) / max(a.alpha, 1e-8), a, b)
 
 
 def weighted(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..path import Point
 from .base import (
     Noise,
+    Noisy,
     Steps,
     Straight,
     Turning,
@@ -147,9 +148,26 @@ ADAMS_BASHFORTH = (
 
 
 @sampler("ipndm", order=2)
-def ipndm(x: Tensor, grid: Sequence[Point], noise: Noise) -> Steps:
-    """Improved PNDM (Zhang & Chen 2022): even-grid Adams-Bashforth weights from the first step on."""
-    return (yield from plms(x, grid, noise, warmup="none"))
+def ipndm(
+    x: Tensor,
+    grid: Sequence[Point],
+    noise: Noise,
+    mix: Literal["slope", "eps"] = "slope",
+    past: list[Tensor] | None = None,
+) -> Steps:
+    """Improved PNDM (Zhang & Chen 2022): even-grid Adams-Bashforth weights from the first step on.
+
+    mix:  what is weighted; eps says nothing of the clean picture in pure noise, where it then counts as 0.
+    past: what was weighted before, newest first, which this run goes on with and adds to.
+    """
+    line: Straight | Noisy = Straight(grid) if mix == "slope" else Noisy()
+    past = [] if past is None else past
+    for a, b in pairwise(grid):
+        x, x0 = yield x, a
+        past.insert(0, line.slope(x, x0, a))
+        del past[4:]
+        x = line.advance(x, weighted(ADAMS_BASHFORTH[len(past) - 1], past), a, b)
+    return x
 
 
 def runge_kutta(
