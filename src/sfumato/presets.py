@@ -6,7 +6,7 @@ made with `dataclasses.replace`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,6 @@ from sfumato.models.unet import UNetConfig
 from sfumato.models.vq import VQConfig
 
 Task = Literal["text", "inpaint", "depth", "instruct", "upscale", "class", "unconditional"]
-DenoiserConfig = UNetConfig
 VAEConfig = AutoencoderConfig | VQConfig
 TextConfig = CLIPTextConfig | LDMBertConfig | ClassEmbedderConfig
 
@@ -32,8 +31,7 @@ class Preset:
 
     pipeline:     the class that `model_index.json` names for such a folder.
     task:         what the network is given besides the noisy latent and the text, see `pipelines/start.py`.
-    text:         the text tower's configuration; None for a model without a condition. text_2, text_3: likewise, of
-                  further towers; text may then be None.
+    text:         the text tower's configuration; None for a model without a condition.
     scheduler:    the entries of `scheduler_config.json`; low_res_scheduler: likewise, of the noise that the
                   upscaler's picture is given.
     ema:          whether sampling was published with the averaged weights, where a file holds both kinds.
@@ -44,7 +42,7 @@ class Preset:
     title: str
     pipeline: str
     task: Task
-    denoiser: DenoiserConfig
+    unet: UNetConfig
     vae: VAEConfig
     text: TextConfig | None
     scheduler: Mapping[str, Any]
@@ -57,13 +55,6 @@ class Preset:
     guidance_scale: float = 7.5
     sampler: str = "dpmpp_2m"
     spacing: str | None = None
-    text_2: TextConfig | None = None
-    text_3: TextConfig | None = None
-
-    @property
-    def texts(self) -> tuple[TextConfig, ...]:
-        """The configurations of the text towers that there are; the first says how prompts are read."""
-        return tuple(text for text in (self.text, self.text_2, self.text_3) if text is not None)
 
     def defaults(self) -> dict[str, int | float | str | None]:
         """The preferences by the names of Request's fields."""
@@ -136,7 +127,7 @@ SD15 = Preset(
     title="Stable Diffusion 1.x",
     pipeline="StableDiffusionPipeline",
     task="text",
-    denoiser=UNetConfig(sample_size=64, cross_attention_dim=768),
+    unet=UNetConfig(sample_size=64, cross_attention_dim=768),
     vae=SD_VAE,
     text=CLIP_L,
     scheduler=SD_SCHEDULE,
@@ -149,7 +140,7 @@ SD15_INPAINT = replace(
     title="Stable Diffusion 1.5 inpainting",
     pipeline="StableDiffusionInpaintPipeline",
     task="inpaint",
-    denoiser=replace(SD15.denoiser, in_channels=9),
+    unet=replace(SD15.unet, in_channels=9),
 )
 PIX2PIX = replace(
     SD15,
@@ -157,7 +148,7 @@ PIX2PIX = replace(
     title="InstructPix2Pix",
     pipeline="StableDiffusionInstructPix2PixPipeline",
     task="instruct",
-    denoiser=replace(SD15.denoiser, in_channels=8),
+    unet=replace(SD15.unet, in_channels=8),
     scheduler=frozen(
         {name: SD_SCHEDULE[name] for name in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")},
         _class_name="EulerAncestralDiscreteScheduler",
@@ -185,7 +176,7 @@ SD21 = Preset(
     title="Stable Diffusion 2.x (768)",
     pipeline="StableDiffusionPipeline",
     task="text",
-    denoiser=UNetConfig(
+    unet=UNetConfig(
         sample_size=96,
         cross_attention_dim=1024,
         attention_head_dim=(5, 10, 20, 20),
@@ -202,7 +193,7 @@ SD21_BASE = replace(
     SD21,
     name="sd21-base",
     title="Stable Diffusion 2.x base (512)",
-    denoiser=replace(SD21.denoiser, sample_size=64),
+    unet=replace(SD21.unet, sample_size=64),
     vae=SD_VAE,
     scheduler=SD_SCHEDULE,
     width=512,
@@ -214,7 +205,7 @@ SD2_INPAINT = replace(
     title="Stable Diffusion 2 inpainting",
     pipeline="StableDiffusionInpaintPipeline",
     task="inpaint",
-    denoiser=replace(SD21_BASE.denoiser, in_channels=9),
+    unet=replace(SD21_BASE.unet, in_channels=9),
 )
 SD2_DEPTH = replace(
     SD21_BASE,
@@ -222,7 +213,7 @@ SD2_DEPTH = replace(
     title="Stable Diffusion 2 depth to image",
     pipeline="StableDiffusionDepth2ImgPipeline",
     task="depth",
-    denoiser=replace(SD21_BASE.denoiser, in_channels=5),
+    unet=replace(SD21_BASE.unet, in_channels=5),
     depth=DPT_HYBRID,
 )
 UPSCALER_SCHEDULE = frozen(V_SCHEDULE, beta_start=0.0001, beta_end=0.02)
@@ -232,7 +223,7 @@ UPSCALER = replace(
     title="Stable Diffusion x4 upscaler",
     pipeline="StableDiffusionUpscalePipeline",
     task="upscale",
-    denoiser=UNetConfig(
+    unet=UNetConfig(
         sample_size=128,
         in_channels=7,
         block_out_channels=(256, 512, 512, 1024),
@@ -282,7 +273,7 @@ LDM_TEXT = Preset(
     title="Latent diffusion, text to image 1.4B",
     pipeline="LDMTextToImagePipeline",
     task="text",
-    denoiser=UNetConfig(sample_size=32, cross_attention_dim=1280),
+    unet=UNetConfig(sample_size=32, cross_attention_dim=1280),
     vae=replace(SD_VAE, sample_size=256),
     text=LDMBertConfig(),
     scheduler=LDM_SCHEDULE,
@@ -298,7 +289,7 @@ LDM_CLASS = Preset(
     title="Latent diffusion, ImageNet classes",
     pipeline="LDMClassToImagePipeline",
     task="class",
-    denoiser=UNetConfig(
+    unet=UNetConfig(
         sample_size=64,
         in_channels=3,
         out_channels=3,
@@ -323,7 +314,7 @@ LDM_FACES = Preset(
     title="Latent diffusion, unconditional",
     pipeline="LDMPipeline",
     task="unconditional",
-    denoiser=UNetConfig.from_dict(
+    unet=UNetConfig.from_dict(
         {
             "_class_name": "UNet2DModel",
             "sample_size": 64,
@@ -352,7 +343,7 @@ MINI = replace(
     SD15,
     name="mini",
     title="the built-in model",
-    denoiser=replace(SD15.denoiser, cross_attention_dim=256),
+    unet=replace(SD15.unet, cross_attention_dim=256),
     width=128,
     height=128,
     num_inference_steps=20,
@@ -378,15 +369,15 @@ BUILT_IN = {"mini": Path(__file__).parent / "assets" / "mini"}
 
 def of_folder(
     pipeline: str,
-    denoiser: DenoiserConfig,
+    unet: UNetConfig,
     vae: VAEConfig,
-    texts: Sequence[TextConfig | None],
+    text: TextConfig | None,
     scheduler: Mapping[str, Any],
     spacing: str,
 ) -> Preset:
     """The preset of a model that comes with its own configurations, sizes read off them.
 
-    pipeline: the class that its `model_index.json` names; spacing: its scheduler's. texts: of its text towers by place.
+    pipeline: the class that its `model_index.json` names; spacing: its scheduler's.
     A model that is none of the released ones gets the preferences of the first with that class.
     Raises ValueError for a class that no preset has.
     """
@@ -394,19 +385,16 @@ def of_folder(
     if not family:
         raise ValueError(f"models of class {pipeline!r} are not supported; known: {', '.join(pipelines())}")
     prediction = scheduler.get("prediction_type", "epsilon")
-    known = [p for p in family if p.denoiser.cross_attention_dim == denoiser.cross_attention_dim]
+    known = [p for p in family if p.unet.cross_attention_dim == unet.cross_attention_dim]
     exact = [p for p in known if p.prediction == prediction]
     chosen = (exact or known or [replace(family[0], name="custom", title="a model of its own")])[0]
-    side = denoiser.sample_size[0] if isinstance(denoiser.sample_size, tuple) else denoiser.sample_size or 64
-    places: tuple[TextConfig | None, ...] = (*texts, None, None, None)
+    side = unet.sample_size[0] if isinstance(unet.sample_size, tuple) else unet.sample_size or 64
     pixels = side * vae.factor
     return replace(
         chosen,
-        denoiser=denoiser,
+        unet=unet,
         vae=vae,
-        text=places[0],
-        text_2=places[1],
-        text_3=places[2],
+        text=text,
         scheduler=frozen(scheduler),
         width=pixels,
         height=pixels,

@@ -289,7 +289,7 @@ def identify(weights: Weights, prediction: str | None = None, presets: Sequence[
 
 def config_of(preset: Preset, part: str) -> UNetConfig | VAEConfig | TextConfig | DPTConfig | None:
     """A preset's configuration of one component."""
-    return {UNET: preset.denoiser, VAE: preset.vae, TEXT: preset.text, DEPTH: preset.depth}[part]
+    return {UNET: preset.unet, VAE: preset.vae, TEXT: preset.text, DEPTH: preset.depth}[part]
 
 
 def _fits(preset: Preset, place: Place) -> bool:

@@ -141,7 +141,7 @@ def save_single(parts: HasComponents, path: Path | str, dtype: torch.dtype | Non
            other programs, and finds released models only.
     """
     preset = preset_of(parts)
-    given = {UNET: parts.denoiser, VAE: parts.vae, TEXT: parts.text_encoder, DEPTH: depth_of(parts)}
+    given = {UNET: parts.unet, VAE: parts.vae, TEXT: parts.text_encoder, DEPTH: depth_of(parts)}
     tensors: dict[str, Callable[[], Tensor]] = {}
     for part, module in given.items():
         if module is None:
@@ -180,7 +180,7 @@ def describe(parts: HasComponents) -> dict[str, Any]:
     low_res, depth = parts.low_res_scheduler, depth_of(parts)
     return {
         "pipeline": parts.pipeline,
-        "unet": parts.denoiser.config.to_dict(),
+        "unet": parts.unet.config.to_dict(),
         "vae": parts.vae.config.to_dict(),
         "text": None if parts.text_encoder is None else parts.text_encoder.config.to_dict(),
         "scheduler": dict(parts.scheduler.config),
@@ -209,7 +209,7 @@ def noted(raw: Mapping[str, Any]) -> Preset:
     text = None if raw["text"] is None else read_configuration(raw["text"])
     spacing = Scheduler.from_config(raw["scheduler"]).spacing
     unet, vae = read_configuration(raw["unet"]), read_configuration(raw["vae"])
-    preset = of_folder(raw["pipeline"], unet, vae, (text,), raw["scheduler"], spacing)
+    preset = of_folder(raw["pipeline"], unet, vae, text, raw["scheduler"], spacing)
     depth = None if raw.get("depth_estimator") is None else read_configuration(raw["depth_estimator"])
     return replace(preset, low_res_scheduler=raw["low_res_scheduler"], depth=depth)
 
