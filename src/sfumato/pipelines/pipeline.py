@@ -215,7 +215,7 @@ class Pipeline:
         """Move the networks to a device, a dtype, or both; returns the pipeline itself."""
         now = self.runtime
         self.runtime = replace(now, device=torch.device(device or now.device), dtype=dtype or now.dtype)
-        for part in (self.unet, self.vae, self.text_encoder):
+        for part in (self.unet, self.vae, self.text_encoder, self.depth_estimator):
             if part is not None:
                 part.to(device=self.runtime.device, dtype=self.runtime.dtype)
         return self
