@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import sfumato
-from sfumato.pipelines import doors
+from sfumato.pipelines import call
 from sfumato.weights.folder import Components, save_folder
 
 pytestmark = [
@@ -199,10 +199,10 @@ def test_defaults_are_those_of_diffusers(folders: Folders) -> None:
 
     for name in (TEXT, IMAGE, INPAINT, DEPTH, INSTRUCT, UPSCALE):
         ours, theirs = (inspect.signature(getattr(lib, name).__call__).parameters for lib in (sfumato, diffusers))
-        common = inspect.signature(doors.Call).parameters
+        common = inspect.signature(call.Call).parameters
         for argument, wanted in theirs.items():
             found = ours.get(argument) or common.get(argument)
-            if argument in ("self", "kwargs") or argument in doors.REFUSED:
+            if argument in ("self", "kwargs") or argument in call.REFUSED:
                 continue
             assert found is not None, f"{name} has no {argument}"
             if argument == "callback_steps":
@@ -227,3 +227,81 @@ def test_old_schedulers_are_set_right(folders: Folders, task: str) -> None:
     more = {"image": drawn(0), "mask_image": drawn(3)} if task == "inpaint" else {}
     compare((pipes[0], pipes[1]), ONE | more)
     assert pipes[0].scheduler.config.steps_offset == 1
+
+
+@pytest.mark.parametrize("task", ["inpaint", "text"])
+@pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "DDPMScheduler"])
+def test_inpainting_with_fresh_noise(pair: Any, task: str, scheduler: str) -> None:
+    """Diffusers draws for the latents of the masked picture also where the model is not told of them."""
+    call = ONE | {"image": drawn(0), "mask_image": drawn(3), "strength": 0.8}
+    compare(pair(task, INPAINT, scheduler), call)
+
+
+@pytest.mark.parametrize("generators", [None, 2])
+@pytest.mark.parametrize("task", ["inpaint", "text"])
+def test_inpainting_beside_latents_of_ones_own(pair: Any, task: str, generators: int | None) -> None:
+    pipes = pair(task, INPAINT, "EulerAncestralDiscreteScheduler")
+    call = TWO | {"image": drawn(0), "mask_image": drawn(3), "strength": 0.8}
+    for count in (1, 2):
+        latents = torch.randn((count, 4, 8, 8), generator=torch.Generator().manual_seed(1))
+        compare(pipes, call | {"masked_image_latents": latents}, generators)
+    with pytest.raises(ValueError, match=r"masked_image_latents of shape \(1, 4, 9, 9\).* needs \(n, 4, 8, 8\)"):
+        pipes[0](**call, masked_image_latents=torch.zeros(1, 4, 9, 9))
+
+
+@pytest.mark.parametrize("box", [(20, 24, 52, 56), (40, 8, 64, 16), (0, 40, 24, 72)])
+@pytest.mark.parametrize("task", ["inpaint", "text"])
+def test_inpainting_of_a_part(pair: Any, task: str, box: tuple[int, int, int, int]) -> None:
+    """`padding_mask_crop`, with a mask of three levels; the rest of the picture comes back."""
+    pipes, image, mask = pair(task, INPAINT), drawn(0, 64, 72), Image.new("L", (64, 72))
+    mask.paste(90, box)
+    mask.paste(255, (box[0] + 4, box[1] + 2, box[2] - 4, box[3] - 2))
+    call = {k: v for k, v in ONE.items() if k != "num_inference_steps"} | {"num_inference_steps": 4, "strength": 0.8}
+    call |= {"image": image, "mask_image": mask, "padding_mask_crop": 4, "num_images_per_prompt": 2}
+    ours, theirs = (
+        [np.asarray(picture).astype(int) for picture in pipe(**call, generator=seeds(2)).images] for pipe in pipes
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        print(f"a part, {task}: largest difference {np.abs(a - b).max()} of 255")
+        assert a.shape == b.shape == (72, 64, 3) and np.abs(a - b).max() <= 2
+        black = np.asarray(mask) == 0
+        assert np.array_equal(a[black], np.asarray(image)[black]) and np.abs(a - np.asarray(image)).max() > 20
+    array = pipes[0](**call, generator=seeds(2), output_type="np").images
+    assert np.array_equal((array * 255).round(), np.stack(ours))
+
+
+def test_a_part_that_cannot_be_cut_out(pair: Any) -> None:
+    door, good = pair("text", INPAINT)[0], {"image": drawn(0), "mask_image": drawn(3), "padding_mask_crop": 4}
+    for wrong, message in (
+        ({"padding_mask_crop": -1}, "padding_mask_crop = -1; give 0 or more pixels"),
+        ({"image": np.zeros((32, 32, 3))}, "image and mask_image of ndarray and Image; give one PIL picture each"),
+        ({"image": None}, "needs an image; give a picture"),
+        ({"mask_image": drawn(3, 16, 24)}, "the mask has 16x24 pixels and the image 32x32; give a mask of the image's"),
+        ({"mask_image": Image.new("L", (32, 32))}, "the mask is black everywhere; paint white what"),
+        ({"output_type": "latent"}, "output_type = 'latent'; give 'pil', 'np' or 'pt'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            door(**ONE | good | wrong)
+
+
+IMAGES: dict[str, dict[str, Any]] = {
+    TEXT: {},
+    IMAGE: {"image": drawn(0), "strength": 0.7},
+    INPAINT: {"image": drawn(0), "mask_image": drawn(3)},
+    DEPTH: {"image": drawn(0), "depth_map": torch.arange(64.0).reshape(1, 8, 8)},
+    UPSCALE: {"image": drawn(0, 8, 8)},
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_layers_of_the_text_tower_are_left_out(pair: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = {TEXT: "text", IMAGE: "text", INPAINT: "inpaint", DEPTH: "depth", UPSCALE: "upscale"}[name]
+    pipes = pair(task, name)
+    # Diffusers reads the last norm there; towers of transformers 5 have it themselves.
+    monkeypatch.setattr(type(pipes[1].text_encoder), "text_model", property(lambda tower: tower), raising=False)
+    plain, skipped = (
+        pipes[0](**ONE, **IMAGES[name], clip_skip=skip, generator=seeds(None), output_type="np").images
+        for skip in (None, 1)
+    )
+    assert float(np.abs(plain - skipped).max()) * 255 > 0.5
+    compare(pipes, ONE | IMAGES[name] | {"clip_skip": 1})

@@ -12,153 +12,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sfumato.diffusion.drive import Run, drive
 from sfumato.diffusion.samplers import Steps, ddim, evaluations
 from sfumato.diffusion.scheduler import Plan
 from sfumato.models.depth import depth_channel
+from sfumato.pipelines.call import Call, StableDiffusionPipelineOutput
 from sfumato.pipelines.check import check
 from sfumato.pipelines.door import Door
+from sfumato.pipelines.masks import Frame, cut_out
 from sfumato.pipelines.opening import found
-from sfumato.pipelines.processor import ImageProcessor, check_form
+from sfumato.pipelines.processor import ImageProcessor
 from sfumato.pipelines.request import Request, parse
 from sfumato.pipelines.start import STARTS
-from sfumato.pipelines.together import STEP_TENSORS, CastNoise, Together, Watcher, Weights, Words, guided
+from sfumato.pipelines.together import CastNoise, Together, Watcher, Weights, Words, guided
 from sfumato.presets import Task
 from sfumato.weights.folder import read_index
 from sfumato.weights.safe import lay_out
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StableDiffusionPipelineOutput:
-    """What a door answers.
-
-    images: PIL pictures, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1], or latents (B, C, h, w).
-    nsfw_content_detected: None, as pictures are not checked.
-    """
-
-    images: Any
-    nsfw_content_detected: None = None
-
-    def to_tuple(self) -> tuple[Any, None]:
-        """Both as a tuple."""
-        return self.images, self.nsfw_content_detected
-
-    def __getitem__(self, key: int | str) -> Any:
-        """The pictures for 0 and "images"."""
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
-
-
-@dataclass
-class Call:
-    """The arguments that all doors take, with diffusers' meaning.
-
-    prompt, negative_prompt:  a text or a list; or prompt_embeds, negative_prompt_embeds, token states (B, L, D).
-    timesteps, sigmas:        to go through, instead of a number of steps.
-    guidance_scale:           weight of the prompt; up to 1 there is no guidance.
-    num_images_per_prompt:    pictures of each prompt, one after the other.
-    eta:                      share of fresh noise, for schedulers that take it; others do not look at it.
-    generator:                one for all pictures, or a list of as many; torch's own where None.
-    latents:                  standard noise (B, C, h, w) to begin with.
-    output_type:              "pil", "np", "pt", "latent".
-    cross_attention_kwargs:   {"scale": strength of the adapters}.
-    guidance_rescale:         how far guided predictions get back the prompt's own deviation (Lin et al. 2023).
-    clip_skip:                layers of the text tower left out at the end.
-    callback_on_step_end:     called (door, i, t, tensors) after each step; what it returns replaces tensors.
-    callback, callback_steps: the older kind, called (i, t, latents).
-    """
-
-    prompt: str | Sequence[str] | None = None
-    num_inference_steps: int = 50
-    timesteps: Sequence[float] | None = None
-    sigmas: Sequence[float] | None = None
-    guidance_scale: float = 7.5
-    negative_prompt: str | Sequence[str] | None = None
-    num_images_per_prompt: int | None = 1
-    eta: float = 0.0
-    generator: torch.Generator | Sequence[torch.Generator] | None = None
-    latents: Tensor | None = None
-    prompt_embeds: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
-    output_type: str | None = "pil"
-    return_dict: bool = True
-    cross_attention_kwargs: Mapping[str, Any] | None = None
-    guidance_rescale: float = 0.0
-    clip_skip: int | None = None
-    callback_on_step_end: Callable[..., Mapping[str, Any] | None] | None = None
-    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
-    callback: Callable[..., Any] | None = None
-    callback_steps: int | None = None
-
-    @classmethod
-    def read(cls, door: str, arguments: Mapping[str, Any]) -> Call:
-        """From a door's arguments; ValueError for what cannot be honoured, TypeError for what is not known."""
-        known = {field.name for field in fields(cls)}
-        for name, value in arguments.items():
-            if name not in known and name not in REFUSED:
-                raise TypeError(f"{door} has no argument {name!r}; it has {', '.join(sorted(known))}")
-            if name in REFUSED and value is not None:
-                raise ValueError(f"{door}: {name} is not supported; leave it out")
-        call = cls(**{name: value for name, value in arguments.items() if name in known})
-        if isinstance(call.generator, torch.Generator | None):
-            pass
-        elif not call.generator:
-            raise ValueError("generator is an empty list; give one generator, or as many as pictures")
-        call.callback_on_step_end_tensor_inputs = getattr(
-            call.callback_on_step_end, "tensor_inputs", call.callback_on_step_end_tensor_inputs
-        )
-        strange = [name for name in call.callback_on_step_end_tensor_inputs if name not in STEP_TENSORS]
-        if strange:
-            raise ValueError(f"callback_on_step_end_tensor_inputs: {strange[0]!r}; known: {', '.join(STEP_TENSORS)}")
-        other = set(call.cross_attention_kwargs or ()) - {"scale"}
-        if other:
-            raise ValueError(f"cross_attention_kwargs: {sorted(other)[0]!r} is not supported; known: 'scale'")
-        for text, states in (("prompt", "prompt_embeds"), ("negative_prompt", "negative_prompt_embeds")):
-            if getattr(call, text) is not None and getattr(call, states) is not None:
-                raise ValueError(f"both {text} and {states} are given; give one of the two")
-        if call.prompt is None and call.prompt_embeds is None:
-            raise ValueError("neither prompt nor prompt_embeds is given; say what the picture shows")
-        if not call.many:
-            raise ValueError(f"prompt = {call.prompt!r} with {call.num_images_per_prompt} pictures each makes none")
-        check_form(call.output_type or "pil")
-        return call
-
-    @property
-    def many(self) -> int:
-        """B."""
-        if self.prompt_embeds is not None:
-            prompts = len(self.prompt_embeds)
-        else:
-            prompts = 1 if isinstance(self.prompt, str) else len(self.prompt or ())
-        return prompts * (1 if self.num_images_per_prompt is None else self.num_images_per_prompt)
-
-    @property
-    def each(self) -> Sequence[torch.Generator]:
-        """The pictures' own generators, none where there is one for all; ValueError for another number than B."""
-        if isinstance(self.generator, torch.Generator | None):
-            return ()
-        if len(self.generator) != self.many:
-            raise ValueError(f"{len(self.generator)} generators for {self.many} pictures; give one, or as many")
-        return self.generator
-
-
-REFUSED = (
-    "ip_adapter_image",
-    "ip_adapter_image_embeds",
-    "masked_image_latents",
-    "padding_mask_crop",
-    "added_cond_kwargs",
-    "timestep_cond",
-)
 
 
 class Maker(Door):
@@ -168,8 +48,10 @@ class Maker(Door):
     spread: ClassVar[bool] = True
 
     @torch.no_grad()
-    def _made(self, call: Call, height: int, width: int, request: Request, **images: Tensor) -> Any:
-        """The pictures of a call; request: its numbers, checked."""
+    def _made(
+        self, call: Call, height: int, width: int, request: Request, frame: Frame | None = None, **images: Tensor
+    ) -> Any:
+        """The pictures of a call; request: its numbers, checked; frame: what they are put back into."""
         task = self._task
         weights = Weights(call.guidance_scale, request.image_guidance_scale, call.guidance_rescale)
         self._guidance_scale, self._interrupt = call.guidance_scale, False
@@ -184,6 +66,7 @@ class Maker(Door):
             ))  # fmt: skip
             setting = self._setting(call, (height, width), request, images)
             start = STARTS[task](setting)
+            setting.pass_over(task)
             scheduler.noise_source = call.each or setting.generator, None
             guidance = guided(words, weights, start, scheduler)
             points = evaluations(start.sampler, start.grid)
@@ -196,11 +79,14 @@ class Maker(Door):
                     call.callback_on_step_end_tensor_inputs, call.callback, call.callback_steps or 1, bar.update,
                 )  # fmt: skip
                 drive([run], pipe.net, watcher)
-        return self._answer(call, watcher.latents(run))
+        return self._answer(call, watcher.latents(run), frame)
 
-    def _answer(self, call: Call, latents: Tensor) -> Any:
-        form = call.output_type or "pil"
-        images = latents if form == "latent" else self.image_processor.postprocess(self._pixels(latents), form)
+    def _answer(self, call: Call, latents: Tensor, frame: Frame | None) -> Any:
+        form, images = call.output_type or "pil", latents
+        if form != "latent":
+            x = self._pixels(latents)
+            x = x if frame is None else torch.cat([frame.put_back(row[None]) for row in x])
+            images = self.image_processor.postprocess(x, form)
         return StableDiffusionPipelineOutput(images) if call.return_dict else (images, None)
 
     @property
@@ -313,25 +199,58 @@ class StableDiffusionInpaintPipeline(Maker):
         prompt: str | Sequence[str] | None = None,
         image: Any = None,
         mask_image: Any = None,
+        masked_image_latents: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
+        padding_mask_crop: int | None = None,
         strength: float = 1.0,
         num_inference_steps: int = 50,
         **others: Any,
     ) -> Any:
-        """Pictures of an image with what is white in the mask repainted."""
+        """Pictures of an image with what is white in the mask repainted.
+
+        masked_image_latents: (n, C, h, w), what a model made for it sees of the image, where that is encoded already.
+        padding_mask_crop: only the masked part and so many pixels around it are worked at, at height and width.
+        """
         name = type(self).__name__
         call = Call.read(name, {"prompt": prompt, "num_inference_steps": num_inference_steps, **others})
         preset = self._pipe.preset
         height, width = height or preset.height, width or preset.width
         request = self._checked(call, height=height, width=width, strength=strength)
-        x, *_ = self._given(image, height, width)
         if mask_image is None:
             raise ValueError(f"{name} needs a mask_image; give a picture that is white where to repaint")
+        frame = None
+        if padding_mask_crop is not None and image is not None:
+            frame = self._frame(call, image, mask_image, (width, height), padding_mask_crop)
+            image, mask_image = frame.pictures["image"], frame.pictures["mask"]
+        x, *_ = self._given(image, height, width)
         if x.shape[1] == self.latent_channels:
             raise ValueError(f"{name} needs a picture, and got latents; decode them first")
         mask = ImageProcessor(self.vae_scale_factor, mask=True).preprocess(mask_image, height, width)
-        return self._made(call, height, width, request, image=x, mask=mask.expand(max(len(mask), len(x)), -1, -1, -1))
+        kept = {} if masked_image_latents is None else {"kept": self._kept(masked_image_latents, height, width)}
+        many = max(len(mask), len(x), *(len(latents) for latents in kept.values()))
+        images = {"mask": mask, **kept}
+        images = {what: each.expand(many, -1, -1, -1) if len(each) < many else each for what, each in images.items()}
+        return self._made(call, height, width, request, frame, image=x, **images)
+
+    def _frame(self, call: Call, image: Any, mask: Any, size: tuple[int, int], padding: int) -> Frame:
+        """The part of a picture that is worked at; ValueError where there is none."""
+        if padding < 0:
+            raise ValueError(f"padding_mask_crop = {padding}; give 0 or more pixels")
+        if not isinstance(image, Image.Image) or not isinstance(mask, Image.Image):
+            kinds = f"{type(image).__name__} and {type(mask).__name__}"
+            raise ValueError(f"padding_mask_crop with image and mask_image of {kinds}; give one PIL picture each")
+        if call.output_type == "latent":
+            raise ValueError("padding_mask_crop with output_type = 'latent'; give 'pil', 'np' or 'pt'")
+        return cut_out(image, mask, size, padding)
+
+    def _kept(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Latents of a masked picture; ValueError for another size."""
+        wanted = self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+        if tuple(latents.shape[1:]) != wanted:
+            needs = ", ".join(map(str, wanted))
+            raise ValueError(f"masked_image_latents of shape {tuple(latents.shape)}; this call needs (n, {needs})")
+        return latents
 
 
 class StableDiffusionDepth2ImgPipeline(Maker):

@@ -86,6 +86,24 @@ def framed(request: Request, image: Image.Image, mask: Image.Image | None, facto
     return Frame(canvas, where, box, size, weights(where, request), request.masked_content == "fill")
 
 
+def cut_out(image: Image.Image, mask: Image.Image, size: tuple[int, int], padding: int) -> Frame:
+    """The frame of the part around all that is not black, put back by the mask's levels as they are.
+
+    This is what diffusers' `padding_mask_crop` does. Raises ValueError for a mask of another size, or all black.
+    """
+    if mask.size != image.size:
+        raise ValueError(
+            f"the mask has {mask.width}x{mask.height} pixels and the image {image.width}x{image.height}; "
+            "give a mask of the image's size"
+        )
+    where = mask.convert("L")
+    lit = where.getbbox()
+    if lit is None:
+        raise ValueError("the mask is black everywhere; paint white what is to be repainted")
+    weight = torch.from_numpy(np.asarray(where, dtype=np.float32) / 255)
+    return Frame(image.convert("RGB"), where, around(lit, image.size, size, padding), size, weight)
+
+
 def weights(mask: Image.Image, request: Request) -> Tensor:
     """How much of the new picture comes back, (H, W): all of it where it was repainted, fading out around.
 

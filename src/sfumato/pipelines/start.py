@@ -60,7 +60,8 @@ class Setting:
     shape:   of the latent, (1, C, h, w).
     generator: None is torch's own.
     eps:     standard noise to begin with; None draws it from the generator, where the task needs it.
-    images:  the request's pictures by the name of their field; tensors are ready as they are, see `inputs`.
+    images:  the request's pictures by the name of their field; tensors are ready as they are, see `inputs`. `kept`
+             are latents of what is not masked, where somebody has encoded that.
     strength, noise_level: the request's, 1 and 0 where they mean nothing.
     content: what stands in the masked part at first; see the request; `fill` was done before.
     soft:    the levels of the mask say how far each pixel is repainted.
@@ -167,7 +168,8 @@ def inpaint(s: Setting) -> Start:
     mask = inputs.repaint_mask(s.images["mask"], *s.size)  # (1, 1, H, W)
     z = s.latents(image) if s.strength < 1 or s.soft else None
     eps = s.noise()
-    kept = s.latents(image * (1 - mask))
+    given = s.images.get("kept")
+    kept = given.to(s.device).float() if isinstance(given, Tensor) else s.latents(image * (1 - mask))
     small = F.interpolate(mask, size=s.shape[2:]).to(s.device)  # (1, 1, h, w)
     concat = torch.cat([small, kept], dim=1)  # (1, 1 + C, h, w)
     if z is not None and (s.soft or s.content in ("noise", "nothing")):

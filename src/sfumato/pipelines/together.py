@@ -72,6 +72,12 @@ class Together(Setting):
         """The same for all pictures."""
         return self.rows(super().mask(h, w))
 
+    def pass_over(self, task: str) -> None:
+        """Draw what diffusers draws for latents of a masked picture, though this model is not shown them."""
+        mask = self.images.get("mask")
+        if task != "inpaint" and isinstance(mask, Tensor) and "kept" not in self.images:
+            self.drawn((len(mask), *self.shape[1:]))
+
     def rows(self, x: Tensor) -> Tensor:
         """Something of n pictures for B; ValueError unless B is a multiple of n."""
         many = self.shape[0]
