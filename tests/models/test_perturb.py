@@ -84,7 +84,7 @@ def test_networks_without_context_have_them_too() -> None:
 def test_what_is_unknown_is_refused_and_nothing_stays_changed(unet: UNet, asked: tuple[Tensor, float, Cond]) -> None:
     before = unet(*asked)
     for name, message in {
-        "shuffle:mid": "unknown perturbation 'shuffle'; known: identity_attention",
+        "shuffle:mid": "unknown perturbation 'shuffle'; known: identity_attention, skip_layers",
         "identity_attention:mid,top": "no self-attention has 'top' in its name; .* in down_blocks.1, mid_block, up_b",
         "identity_attention": "no self-attention has '' in its name",
         "identity_attention:attn2": "no self-attention has 'attn2'",

@@ -116,6 +116,20 @@ class GroupNormBySums(torch.autograd.Function):
         return dx, gn_sum.sum(0).view(-1), g_sum.sum(0).view(-1), None, None, None
 
 
+class RMSNorm(nn.Module):
+    """Division by the root mean square (Zhang and Sennrich 2019), with weights; computed in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        h = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)  # (..., width)
+        return h.to(self.weight.dtype) * self.weight
+
+
 class ResnetBlock2D(nn.Module):
     """Two 3x3 convolutions around an optional shift by the time embedding, plus a shortcut.
 

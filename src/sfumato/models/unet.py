@@ -25,7 +25,7 @@ from sfumato.models.layers import (
     Upsample2D,
     sinusoidal,
 )
-from sfumato.models.network import Network
+from sfumato.models.network import Network, NetworkOutput
 
 # Options of diffusers' UNet2DConditionModel and UNet2DModel for which our models need one value only.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -259,17 +259,6 @@ class UpBlock(Level):
         return x
 
 
-@dataclass(frozen=True)
-class UNetOutput:
-    """What the network answers to a call in diffusers' form: the prediction (B, C_out, H, W)."""
-
-    sample: Tensor
-
-    def __getitem__(self, key: int | str) -> Tensor:
-        """The prediction for 0 and for "sample"."""
-        return {0: self.sample, "sample": self.sample}[key]
-
-
 class UNet(Network):
     """A noisy picture, its time and the condition to a prediction; parameters named as in `unet/`."""
 
@@ -313,7 +302,7 @@ class UNet(Network):
         context = encoder_hidden_states if cond is None else cond
         labels = None if class_labels is None else class_labels.reshape(-1, 1).expand(sample.shape[0], 1)
         out = super().__call__(sample, timestep, Cond(context=context, pooled=labels))
-        return UNetOutput(out) if return_dict else (out,)
+        return NetworkOutput(out) if return_dict else (out,)
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond) -> Tensor:
         """Evaluate the network.
