@@ -74,7 +74,7 @@ def tiny_components(seed: int = 0) -> Components:
         set_alpha_to_one=True,
     )
     return Components(
-        unet=UNet(unet).eval(),
+        denoiser=UNet(unet).eval(),
         vae=AutoencoderKL(vae).eval(),
         text_encoder=CLIPTextModel(text).eval(),
         tokenizer=tokenizer,
@@ -107,7 +107,7 @@ def tiny_task(task: str, seed: int = 0) -> Components:
         low_res = named.DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear")
         vae = AutoencoderConfig(**{**vars(parts.vae.config), "scaling_factor": 0.08333})  # diffusers insists on it
         network = UNet(replace(unet, num_class_embeds=40)).eval()
-        return replace(parts, unet=network, vae=AutoencoderKL(vae).eval(), low_res_scheduler=low_res)
+        return replace(parts, denoiser=network, vae=AutoencoderKL(vae).eval(), low_res_scheduler=low_res)
     if task == "ldm-text":
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({w for t in TINY_TEXTS for w in t.split()})]
         bert = LDMBertConfig(
@@ -145,7 +145,7 @@ def tiny_task(task: str, seed: int = 0) -> Components:
                 "norm_num_groups": 8,
             }
         )
-    return replace(parts, unet=UNet(unet).eval())
+    return replace(parts, denoiser=UNet(unet).eval())
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,14 @@ from sfumato.cond import Cond
 FULL = Cond(torch.ones(2, 3, 4), torch.tensor([[7], [300]]), torch.zeros(2, 5, 8, 8))
 
 
-def test_only_floating_point_parts_change_their_dtype() -> None:
+def test_only_context_and_concat_change_their_dtype() -> None:
     moved = FULL.to("cpu", torch.bfloat16)
     assert [p.dtype for p in moved.parts if p is not None] == [torch.bfloat16, torch.int64, torch.bfloat16]
     assert moved.pooled is not None
     assert moved.pooled.tolist() == [[7], [300]]
+    sizes = Cond(pooled=torch.tensor([[1023.0]])).to(dtype=torch.bfloat16).pooled
+    assert sizes is not None
+    assert sizes.tolist() == [[1023]]  # bfloat16 would make it 1024
     assert FULL.to().parts == FULL.parts
     assert Cond().to(dtype=torch.float16) == Cond()
 

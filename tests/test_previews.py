@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import sfumato
-from sfumato.presets import BUILT_IN, SD15, SD21
+from sfumato.presets import BUILT_IN
+from sfumato.presets.classic import SD15, SD21
 from sfumato.previews import SD, Preview, factors_of, fit
 from sfumato.weights.parts import Components
 

@@ -32,12 +32,13 @@ class Cond:
         return tuple(None if p is None else tuple(p.shape[1:]) for p in self.parts)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
-        """The same value on another device, its floating-point parts in another dtype; labels stay integers."""
+        """The same value on another device, context and concat in another dtype.
 
-        def moved(part: Tensor) -> Tensor:
-            return part.to(device=device, dtype=dtype if part.is_floating_point() else None)
-
-        return Cond(*(None if p is None else moved(p) for p in self.parts))
+        pooled keeps its own: labels are integers, and sizes in pixels would be rounded in half precision; networks
+        convert what they make of it.
+        """
+        context, concat = (None if p is None else p.to(device=device, dtype=dtype) for p in (self.context, self.concat))
+        return Cond(context, None if self.pooled is None else self.pooled.to(device=device), concat)
 
     def __getitem__(self, rows: slice) -> Cond:
         """The rows `rows` of the batch, as views."""

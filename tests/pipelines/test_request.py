@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from sfumato.pipelines.inputs import open_picture
 from sfumato.pipelines.pipeline import Pipeline, load
 from sfumato.pipelines.request import MAX_SEED, Request, parse
-from sfumato.presets import MINI, SD15
+from sfumato.presets.classic import MINI, SD15
 
 
 def test_what_is_left_open_comes_from_the_preset() -> None:

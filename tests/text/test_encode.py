@@ -12,8 +12,9 @@ from sfumato.models.bert import LDMBertConfig, LDMBertModel
 from sfumato.models.classes import ClassEmbedder, ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
 from sfumato.text.bert import BertTokenizer
-from sfumato.text.encode import Cache, condition, encode_prompt, encode_prompts, encode_schedule, token_states
+from sfumato.text.encode import encode_prompt, encode_prompts, token_states
 from sfumato.text.tokenizer import ClipTokenizer, train_vocabulary
+from sfumato.text.towers import Cache, Towers
 
 PROMPTS = ["a red apple", "", "a cat left of a red apple", "a red apple"]
 
@@ -226,10 +227,10 @@ def test_schedules_read_each_text_once(long: ClipTokenizer, reader: CLIPTextMode
     calls: list[Tensor] = []
     handle = reader.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
     cache: Cache = {}
-    turns = encode_schedule(long, reader, "a [cat|dog]", 5, cache=cache)
-    again = encode_schedule(long, reader, "a [cat:dog:2]", 5, cache=cache)
-    other = encode_schedule(long, reader, "a cat", 5, clip_skip=1, cache=cache)
-    literal = encode_schedule(long, reader, "a [cat:dog:2]", 5, rule="none")
+    turns = Towers((reader,), (long,)).along("a [cat|dog]", 5, cache=cache)
+    again = Towers((reader,), (long,)).along("a [cat:dog:2]", 5, cache=cache)
+    other = Towers((reader,), (long,)).along("a cat", 5, clip_skip=1, cache=cache)
+    literal = Towers((reader,), (long,)).along("a [cat:dog:2]", 5, rule="none")
     handle.remove()
     assert [end for end, _ in turns] == [1, 2, 3, 4, 5]
     assert [end for end, _ in again] == [2, 5] and [end for end, _ in literal] == [end for end, _ in other] == [5]
@@ -244,38 +245,38 @@ BERT = BertTokenizer({word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]
 
 
 def test_condition_of_each_text_encoder(long: ClipTokenizer, reader: CLIPTextModel) -> None:
-    clip = condition(long, reader, "a (cat:1.2)", 1, "comfy")
+    clip = Towers((reader,), (long,)).condition("a (cat:1.2)", 1, "comfy")
     assert torch.equal(context_of(clip), context_of(encode_prompt(long, reader, "a (cat:1.2)", 1, "comfy")))
 
     torch.manual_seed(0)
     shape = LDMBertConfig(7, 8, encoder_layers=1, encoder_ffn_dim=8, encoder_attention_heads=2, head_dim=4, d_model=8)
     bert = LDMBertModel(shape).eval()
-    context = context_of(condition(BERT, bert, "A (cat"))
+    context = context_of(Towers((bert,), (BERT,)).condition("A (cat"))
     assert context.shape == (1, 8, 8) and not context.requires_grad
     assert torch.equal(context, bert(torch.tensor([[2, 4, 6, 5, 3, 0, 0, 0]])).last_hidden_state)
-    assert len(encode_schedule(BERT, bert, "[a:cat:0.5]", 4)) == 1
+    assert len(Towers((bert,), (BERT,)).along("[a:cat:0.5]", 4)) == 1
 
     table = ClassEmbedder(ClassEmbedderConfig(num_classes=11, embed_dim=4))
-    rows = {text: context_of(condition(None, table, text)) for text in ("0", " 9 ", "")}
+    rows = {text: context_of(Towers((table,), (None,)).condition(text)) for text in ("0", " 9 ", "")}
     for text, row in (("0", 0), (" 9 ", 9), ("", 10)):
         assert rows[text].shape == (1, 1, 4)
         assert torch.equal(rows[text][0, 0], table.embedding.weight[row])
-    assert condition(None, None, "") == Cond()
+    assert Towers((None,), (None,)).condition("") == Cond()
 
 
 def test_conditions_that_make_no_sense_are_refused(long: ClipTokenizer, reader: CLIPTextModel) -> None:
     table = ClassEmbedder(ClassEmbedderConfig(num_classes=1001, embed_dim=4))
     for text in ("1000", "-1", "a cat", "1.5", "²"):
         with pytest.raises(ValueError, match=r"is not a class of this model; give a number from 0 to 999"):
-            condition(None, table, text)
+            Towers((table,), (None,)).condition(text)
     with pytest.raises(ValueError, match="unconditional and takes no prompt; leave 'a cat' out"):
-        condition(None, None, "a cat")
+        Towers((None,), (None,)).condition("a cat")
     with pytest.raises(ValueError, match="clip_skip = 2 is for CLIP"):
-        condition(None, table, "1", clip_skip=2)
+        Towers((table,), (None,)).condition("1", clip_skip=2)
     with pytest.raises(TypeError, match="give a ClipTokenizer"):
-        condition(BERT, reader, "a cat")
-    for call in (encode_prompt, condition):
+        Towers((reader,), (BERT,)).condition("a cat")
+    for towers in (Towers((reader,), (long,)), Towers((table,), (None,))):
         with pytest.raises(ValueError, match="unknown weighting rule 'compel'"):
-            call(long, reader, "a cat", rule="compel")
+            towers.condition("0", rule="compel")
     with pytest.raises(ValueError, match=r"weight '1\.\.2' is not a number"):
         encode_prompt(long, reader, "a (cat:1..2)")

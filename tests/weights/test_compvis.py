@@ -28,7 +28,7 @@ from sfumato.weights import compvis
 from sfumato.weights.keymap import KeyMap
 
 Tensors = dict[str, Tensor]
-UNETS = {preset.name: preset.unet for preset in presets.PRESETS if preset.name != "mini"}
+UNETS = {preset.name: preset.denoiser for preset in presets.SINGLE if preset.name != "mini"}
 SD_VAE, BERT = presets.SD15.vae, LDMBertConfig()
 CLIP_L, OPENCLIP_H = presets.CLIP_L, presets.OPENCLIP_H
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from sfumato.models.depth import DepthEstimator, DPTProcessorConfig
 from sfumato.models.dpt import DPT_HYBRID, DPT_LARGE, DPTConfig
 from sfumato.weights.dpt import midas_map
-from sfumato.weights.folder import DEPTH, PROCESSOR, load_folder, save_folder
+from sfumato.weights.folder import load_folder, save_folder
+from sfumato.weights.layouts import DEPTH, PROCESSOR
 from sfumato.weights.model import load_model, save_model
 from sfumato.weights.parts import Components, network
 from sfumato.weights.report import report

@@ -15,22 +15,18 @@ from sfumato.diffusion import named
 from sfumato.models.autoencoder import AutoencoderKL
 from sfumato.models.bert import LDMBertConfig, LDMBertModel
 from sfumato.models.classes import ClassEmbedder, ClassEmbedderConfig
+from sfumato.models.clip import CLIPTextModel
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.models.vq import VQConfig, VQModel
 from sfumato.pipelines.pipeline import Pipeline
 from sfumato.text.bert import BertTokenizer
-from sfumato.weights.folder import (
-    LAYOUTS,
-    Components,
-    choose,
-    load_folder,
-    load_vae_folder,
-    save_folder,
-    shards,
-)
+from sfumato.weights.folder import Components, choose, load_folder, load_vae_folder, save_folder, shards
+from sfumato.weights.layouts import LAYOUTS
 from sfumato.weights.safe import read_tensors, write_tensors
 
-NETWORKS = ("unet", "vae", "text_encoder")
+from ..tiny_xl import TINY_XL, tiny_xl
+
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # How many channels each class's U-Net takes besides the four of the noisy latent.
 EXTRA_CHANNELS = {
     "StableDiffusionPipeline": 0,
@@ -44,13 +40,15 @@ PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "apple", "##
 
 def tiny(family: str, parts: Components) -> Components:
     """Random parts of a pipeline class; `parts` are those of the plain one."""
+    if family in TINY_XL:
+        return tiny_xl(family)
     torch.manual_seed(1)
     if family in EXTRA_CHANNELS:
         labels = 10 if family == "StableDiffusionUpscalePipeline" else None
         config = replace(parts.unet.config, in_channels=4 + EXTRA_CHANNELS[family], num_class_embeds=labels)
         low_res = named.DDPMScheduler(beta_start=0.0001, beta_end=0.02) if labels else None
         vae = AutoencoderKL(replace(parts.vae.config, scaling_factor=0.08333)).eval() if labels else parts.vae
-        return replace(parts, unet=UNet(config).eval(), vae=vae, low_res_scheduler=low_res, pipeline=family)
+        return replace(parts, denoiser=UNet(config).eval(), vae=vae, low_res_scheduler=low_res, pipeline=family)
     vae = VQModel(
         VQConfig(
             down_block_types=("DownEncoderBlock2D",) * 2,
@@ -63,7 +61,7 @@ def tiny(family: str, parts: Components) -> Components:
     unet = replace(parts.unet.config, in_channels=3, out_channels=3)
     classes = ClassEmbedder(ClassEmbedderConfig(num_classes=7, embed_dim=unet.cross_attention_dim))
     if family == "LDMClassToImagePipeline":
-        whole = replace(parts, unet=UNet(unet), vae=vae, text_encoder=classes, tokenizer=None, pipeline=family)
+        whole = replace(parts, denoiser=UNet(unet), vae=vae, text_encoder=classes, tokenizer=None, pipeline=family)
     elif family == "LDMPipeline":
         free = UNetConfig.from_dict(
             {
@@ -76,7 +74,7 @@ def tiny(family: str, parts: Components) -> Components:
                 "sample_size": 8,
             }
         )
-        whole = replace(parts, unet=UNet(free), vae=vae, text_encoder=None, tokenizer=None, pipeline=family)
+        whole = replace(parts, denoiser=UNet(free), vae=vae, text_encoder=None, tokenizer=None, pipeline=family)
     else:
         bert = LDMBertConfig(
             vocab_size=len(PIECES),
@@ -161,9 +159,9 @@ def test_diffusers_opens_what_is_saved_and_the_other_way_round(
     theirs = getattr(diffusers, family).from_pretrained(tmp_path / "ours", **left_out)
     layout = LAYOUTS[family]
     for name, module in networks(saved).items():
-        other = getattr(theirs, {"vae": layout.vae, "text_encoder": layout.text_encoder}.get(name, name))
+        other = getattr(theirs, {"vae": layout.vae, "text_encoder": "".join(layout.text_encoders[:1])}.get(name, name))
         mine, yours = module.state_dict(), other.state_dict()
-        if name == "text_encoder" and family.startswith("Stable"):  # transformers 5 leaves the outer name out
+        if name.startswith("text_encoder") and family.startswith("Stable"):  # transformers 5 leaves the outer name out
             mine, yours = ({k.removeprefix("text_model."): v for k, v in d.items()} for d in (mine, yours))
         worst = difference(mine, {k: v for k, v in yours.items() if not k.endswith("position_ids")})
         assert worst == 0, f"{name}: {worst}"
@@ -327,9 +325,14 @@ def test_old_names_in_an_unconditional_unet(tiny_parts: Components, tmp_path: Pa
     assert_same(saved, load_folder(tmp_path / "model"))
 
 
-def test_a_tower_with_a_projection_is_read_without_it(copy: Path, tiny_parts: Components) -> None:
-    edit(copy / "model_index.json", text_encoder=["transformers", "CLIPTextModelWithProjection"])
-    assert_same(tiny_parts, load_folder(copy))
+def test_a_tower_with_a_projection_keeps_it(tiny_parts: Components, tmp_path: Path) -> None:
+    assert isinstance(tiny_parts.text_encoder, CLIPTextModel)
+    projected = CLIPTextModel(replace(tiny_parts.text_encoder.config, projected=True)).eval()
+    whole = replace(tiny_parts, text_encoder=projected)
+    save_folder(whole, tmp_path)
+    row = json.loads((tmp_path / "model_index.json").read_text())["text_encoder"]
+    assert row == ["transformers", "CLIPTextModelWithProjection"]
+    assert_same(whole, load_folder(tmp_path))
 
 
 def test_links_are_followed_as_the_cache_of_the_hub_has_them(
@@ -380,14 +383,14 @@ def test_the_upscalers_latents_have_a_scale_of_their_own(tiny_parts: Components,
 )
 def test_classes_in_other_words(tiny_parts: Components, tmp_path: Path, name: str, channels: int, family: str) -> None:
     unet = UNet(replace(tiny_parts.unet.config, in_channels=channels))
-    save_folder(replace(tiny_parts, unet=unet), tmp_path / "model")
+    save_folder(replace(tiny_parts, denoiser=unet), tmp_path / "model")
     edit(tmp_path / "model" / "model_index.json", _class_name=name)
     assert load_folder(tmp_path / "model").pipeline == family
 
 
 def test_a_unet_of_another_task_is_refused(tiny_parts: Components, tmp_path: Path) -> None:
     unet = UNet(replace(tiny_parts.unet.config, in_channels=9))
-    save_folder(replace(tiny_parts, unet=unet), tmp_path / "model")
+    save_folder(replace(tiny_parts, denoiser=unet), tmp_path / "model")
     with pytest.raises(ValueError, match="the unet takes 9 channels; that of a StableDiffusionPipeline takes 4"):
         load_folder(tmp_path / "model")
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sfumato.presets import SD15, SD21, SD21_BASE
+from sfumato.presets.classic import SD15, SD21, SD21_BASE
 from sfumato.weights.detect import UNET, VAE, identify
 from sfumato.weights.model import load_model
 from sfumato.weights.parts import Components
@@ -48,7 +48,7 @@ def test_a_file_is_recognised_and_read_back_bit_for_bit(name: str, tmp_path: Pat
     parts, path = saved(name, tmp_path)
     single = load_single(path, None, presets=TINIES)
     assert single.preset.name == name
-    assert single.preset.unet == parts.unet.config and single.preset.vae == parts.vae.config
+    assert single.preset.denoiser == parts.unet.config and single.preset.vae == parts.vae.config
     assert_same(single, parts)
     assert single.scheduler.config == parts.scheduler.config
 
@@ -60,7 +60,7 @@ def test_the_released_models_are_told_apart() -> None:
     signatures: dict[Any, list[str]] = {}
     for preset in RELEASED:
         text = None if preset.text is None else signature_of(preset.text)
-        signatures.setdefault((signature_of(preset.unet), signature_of(preset.vae), text), []).append(preset.name)
+        signatures.setdefault((signature_of(preset.denoiser), signature_of(preset.vae), text), []).append(preset.name)
     assert [names for names in signatures.values() if len(names) > 1] == [["sd21", "sd21-base"]]
 
 
@@ -201,4 +201,4 @@ def test_a_report_names_what_is_wrong(tmp_path: Path) -> None:
 def test_presets_by_replace() -> None:
     assert SD21_BASE.prediction == "epsilon" and SD21.prediction == "v_prediction"
     assert SD15.predicting("v_prediction").prediction == "v_prediction" and SD15.prediction == "epsilon"
-    assert replace(SD15, name="mine").unet is SD15.unet
+    assert replace(SD15, name="mine").denoiser is SD15.denoiser

@@ -14,7 +14,7 @@ from sfumato.models.bit import BitConfig
 from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.dpt import DPTConfig
-from sfumato.presets import PRESETS, Preset
+from sfumato.presets import SINGLE, Preset
 from sfumato.text.standard import bert_tokenizer, clip_tokenizer
 from sfumato.weights.parts import NETWORKS, Components
 
@@ -38,13 +38,13 @@ def tiny(preset: Preset) -> Preset:
 
     Text states shrink by a common factor, so that the families stay apart.
     """
-    levels = len(preset.unet.block_out_channels)
-    context = preset.unet.cross_attention_dim // WIDTH if preset.unet.has_cross_attention else 1280
+    levels = len(preset.denoiser.block_out_channels)
+    context = preset.denoiser.cross_attention_dim // WIDTH if preset.denoiser.has_cross_attention else 1280
     unet = replace(
-        preset.unet,
+        preset.denoiser,
         block_out_channels=(WIDTH,) * (levels - 1) + (2 * WIDTH,),
         cross_attention_dim=context,
-        attention_head_dim=preset.unet.attention_head_dim if not preset.unet.has_cross_attention else 2,
+        attention_head_dim=preset.denoiser.attention_head_dim if not preset.denoiser.has_cross_attention else 2,
         norm_num_groups=8,
     )
     vae = replace(
@@ -54,7 +54,7 @@ def tiny(preset: Preset) -> Preset:
         **({"num_vq_embeddings": 64} if hasattr(preset.vae, "num_vq_embeddings") else {}),
     )
     depth = None if preset.depth is None else TINY_DEPTH
-    return replace(preset, unet=unet, vae=vae, text=tiny_text(preset.text), depth=depth)
+    return replace(preset, denoiser=unet, vae=vae, text=tiny_text(preset.text), depth=depth)
 
 
 def tiny_text(text: Any) -> Any:
@@ -103,7 +103,7 @@ def random_parts(preset: Preset, seed: int = 0) -> Components:
         tokenizer = bert_tokenizer()
     low_res = preset.low_res_scheduler
     return Components(
-        unet=build(preset.unet, seed),
+        denoiser=build(preset.denoiser, seed),
         vae=build(preset.vae, seed + 1),
         text_encoder=None if text is None else build(text, seed + 2),
         tokenizer=tokenizer,
@@ -114,5 +114,5 @@ def random_parts(preset: Preset, seed: int = 0) -> Components:
     )
 
 
-RELEASED = tuple(p for p in PRESETS if p.name != "mini")
+RELEASED = tuple(p for p in SINGLE if p.name != "mini")
 TINY = {p.name: tiny(p) for p in RELEASED}

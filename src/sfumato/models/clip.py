@@ -24,13 +24,15 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
+PROJECTED = "CLIPTextModelWithProjection"
+
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
     """The entries of `text_encoder/config.json` that shape the tower; defaults are those of transformers.
 
     eos_token_id: where `pooled` is read; 2 is what old files say and means "at the largest token id".
-    projection_dim is kept for the file's sake: this tower has no projection.
+    projected: whether there is a projection to projection_dim (transformers' CLIPTextModelWithProjection).
     """
 
     vocab_size: int = 49408
@@ -47,6 +49,7 @@ class CLIPTextConfig:
     bos_token_id: int = 49406
     eos_token_id: int = 49407
     pad_token_id: int = 1
+    projected: bool = False
 
     def __post_init__(self) -> None:
         check_choice("CLIPTextConfig: hidden_act", self.hidden_act, tuple(ACTIVATIONS))
@@ -66,14 +69,17 @@ class CLIPTextConfig:
         for name in ("dropout", "attention_dropout"):
             check_choice(f"CLIPTextConfig: {name}", raw.get(name, 0.0), (0.0,))
         known = cls.__dataclass_fields__
-        return cls(**{k: frozen(v) for k, v in raw.items() if k in known and v is not None})
+        kind = raw.get("_class_name") or next(iter(raw.get("architectures") or ()), None)
+        given = {"projected": kind == PROJECTED, **raw}
+        return cls(**{k: frozen(v) for k, v in given.items() if k in known and v is not None})
 
     def to_dict(self) -> dict[str, Any]:
         """The entries of a `config.json` that transformers and diffusers open as well."""
-        fields = {name: thawed(getattr(self, name)) for name in self.__dataclass_fields__}
+        fields = {name: thawed(getattr(self, name)) for name in self.__dataclass_fields__ if name != "projected"}
+        kind = PROJECTED if self.projected else "CLIPTextModel"
         return {
-            "_class_name": "CLIPTextModel",
-            "architectures": ["CLIPTextModel"],
+            "_class_name": kind,
+            "architectures": [kind],
             "model_type": "clip_text_model",
             "attention_dropout": 0.0,
             **fields,
@@ -87,11 +93,13 @@ class CLIPTextOutput:
     last_hidden_state: (B, L, D) after the final layer norm.
     pooled: (B, D), its row at the end-of-text token.
     hidden_states: on request the embeddings and each layer's output, (B, L, D) each, without the final norm.
+    text_embeds: (B, P), `pooled` projected; None for a tower without a projection.
     """
 
     last_hidden_state: Tensor
     pooled: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
+    text_embeds: Tensor | None = None
 
     @property
     def pooler_output(self) -> Tensor:
@@ -101,11 +109,13 @@ class CLIPTextOutput:
     def __getitem__(self, index: int | str) -> Any:
         """[0] is last_hidden_state, [1] pooled, [2] hidden_states, as notebooks written for transformers expect.
 
-        Names stand for attributes.
+        Of a tower with a projection, [0] is text_embeds and [1] last_hidden_state. Names stand for attributes.
         """
         if isinstance(index, str):
             return getattr(self, index)
-        parts = self.last_hidden_state, self.pooled
+        parts: tuple[Any, ...] = self.last_hidden_state, self.pooled
+        if self.text_embeds is not None:
+            parts = self.text_embeds, self.last_hidden_state
         return (parts if self.hidden_states is None else (*parts, self.hidden_states))[index]
 
 
@@ -189,12 +199,17 @@ class CLIPTextTransformer(nn.Module):
 
 
 class CLIPTextModel(Network):
-    """Token ids (B, L) to token states (B, L, D); parameters named as in `text_encoder/`."""
+    """Token ids (B, L) to token states (B, L, D), and with a projection to a vector (B, P) of each text.
+
+    Parameters are named as in `text_encoder/` and `text_encoder_2/`.
+    """
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.config = config
         self.text_model = CLIPTextTransformer(config)
+        projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = projection if config.projected else None
         self.apply(self._init)
 
     def forward(
@@ -220,7 +235,8 @@ class CLIPTextModel(Network):
             states.append(x)
         last = self.text_model.final_layer_norm(x)  # (B, L, D)
         pooled = last[torch.arange(len(last), device=last.device), self._end(input_ids)]  # (B, D)
-        return CLIPTextOutput(last, pooled, tuple(states) if output_hidden_states else None)
+        projected = None if self.text_projection is None else self.text_projection(pooled)  # (B, P)
+        return CLIPTextOutput(last, pooled, tuple(states) if output_hidden_states else None, projected)
 
     def _end(self, input_ids: Tensor) -> Tensor:
         """Place of the first end-of-text token of each prompt: (B,)."""
@@ -238,4 +254,5 @@ class CLIPTextModel(Network):
             # residual branches shrink with depth, so that the sum keeps its size
             std = c.hidden_size**-0.5 * (2 * c.num_hidden_layers) ** -0.5 * c.initializer_factor
             nn.init.normal_(module.weight, std=std)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,4 +1,4 @@
-"""The U-Net of latent diffusion and Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Ho et al. 2020, appendix B).
+"""The U-Net of latent diffusion, Stable Diffusion 1.x, 2.x and XL (Rombach et al. 2022; Podell et al. 2023).
 
 B batch, C channels, H W height and width of the (latent) picture, K tokens and D width of the context,
 E width of the time embedding, x the noisy picture, t the network's time.
@@ -30,9 +30,7 @@ from sfumato.models.network import Network, NetworkOutput
 # Options of diffusers' UNet2DConditionModel and UNet2DModel for which our models need one value only.
 FIXED: dict[str, tuple[Any, ...]] = {
     "add_attention": (True,),
-    "addition_embed_type": (None,),
     "addition_embed_type_num_heads": (64,),
-    "addition_time_embed_dim": (None,),
     "attention_type": ("default",),
     "attn_norm_num_groups": (None,),
     "class_embed_type": (None,),
@@ -47,7 +45,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "encoder_hid_dim_type": (None,),
     "mid_block_only_cross_attention": (None, False),
     "num_attention_heads": (None,),
-    "projection_class_embeddings_input_dim": (None,),
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
@@ -73,6 +70,9 @@ UNCONDITIONAL: dict[str, Any] = {
     "block_out_channels": (224, 448, 672, 896),
 }
 CONTEXT_OPTIONS = (
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
     "cross_attention_dim",
     "only_cross_attention",
     "transformer_layers_per_block",
@@ -91,6 +91,8 @@ class UNetConfig:
     `only_cross_attention` and `transformer_layers_per_block` also take one value or one a level.
     `sample_size` is the side of the latents the model was trained on; the network takes any.
     `num_class_embeds` is the number of classes (noise levels, for an upscaler) that `cond.pooled` may name.
+    `addition_embed_type` "text_time": `cond.pooled` is a text's vector and then numbers (sizes, a score), each of which
+    becomes `addition_time_embed_dim` wide; `projection_class_embeddings_input_dim` is what they are wide together.
     `unconditional` stands for diffusers' class UNet2DModel: attention without context, also in the middle, and
     `attention_head_dim` is what its name says, channels a head; None makes one head.
     """
@@ -118,6 +120,9 @@ class UNetConfig:
     use_linear_projection: bool = False
     upcast_attention: bool = False
     num_class_embeds: int | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
     unconditional: bool = False
 
     def __post_init__(self) -> None:
@@ -140,6 +145,13 @@ class UNetConfig:
         if not isinstance(self.cross_attention_dim, int):
             raise ValueError(
                 f"UNetConfig: cross_attention_dim = {self.cross_attention_dim!r} is not supported; allowed: one integer"
+            )
+        check_choice("UNetConfig: addition_embed_type", self.addition_embed_type, (None, "text_time"))
+        lifts = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        if self.addition_embed_type is not None and not all(lifts):
+            raise ValueError(
+                f"UNetConfig: addition_time_embed_dim and projection_class_embeddings_input_dim = {lifts}; "
+                "addition_embed_type 'text_time' needs both"
             )
         for name in PER_LEVEL:
             self.levels(name)
@@ -270,6 +282,8 @@ class UNet(Network):
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
         self.class_embedding = None if c.num_class_embeds is None else nn.Embedding(c.num_class_embeds, 4 * widths[0])
+        wide = c.projection_class_embeddings_input_dim if c.addition_embed_type is not None else None
+        self.add_embedding = None if wide is None else TimestepEmbedding(wide, 4 * widths[0])
         self.down_blocks = nn.ModuleList([DownBlock(c, level) for level in levels])
         self.mid_block = MidBlock(c)
         self.up_blocks = nn.ModuleList([UpBlock(c, level) for level in reversed(levels)])
@@ -284,13 +298,15 @@ class UNet(Network):
         *own: Any,
         encoder_hidden_states: Tensor | None = None,
         class_labels: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
         """Evaluate the network: `forward` where the third argument is a Cond, else in the form that notebooks use.
 
-        There, encoder_hidden_states (B, K, D) may be the third argument, class_labels are (B,), sample has all input
-        channels, and the answer is an object with `.sample`, or a tuple with return_dict=False.
+        There, encoder_hidden_states (B, K, D) may be the third argument, class_labels are (B,), added_cond_kwargs has
+        text_embeds (B, P) and time_ids (B, n), sample has all input channels, and the answer is an object with
+        `.sample`, or a tuple with return_dict=False.
         Raises ValueError for an option of diffusers' network that this one has not.
         """
         given = {name: value for name, value in others.items() if value is not None and value != {}}
@@ -300,8 +316,12 @@ class UNet(Network):
         if isinstance(cond, Cond):
             return super().__call__(sample, timestep, cond, *own)
         context = encoder_hidden_states if cond is None else cond
-        labels = None if class_labels is None else class_labels.reshape(-1, 1).expand(sample.shape[0], 1)
-        out = super().__call__(sample, timestep, Cond(context=context, pooled=labels))
+        pooled = None if class_labels is None else class_labels.reshape(-1, 1).expand(sample.shape[0], 1)
+        if added_cond_kwargs:
+            names = ("text_embeds", "time_ids")
+            check_choice("UNet: the entries of added_cond_kwargs", tuple(sorted(added_cond_kwargs)), (names,))
+            pooled = torch.cat([added_cond_kwargs[name].float() for name in names], dim=1)
+        out = super().__call__(sample, timestep, Cond(context=context, pooled=pooled))
         return NetworkOutput(out) if return_dict else (out,)
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond) -> Tensor:
@@ -310,13 +330,15 @@ class UNet(Network):
         x: (B, C, H, W) with the model's latent channels; `cond.concat` adds further input channels.
         t: time as a number or tensor, one for all or one a picture (B,).
         cond: context (B, K, D) when the config has cross-attention; pooled (B, 1) with integer labels when it has
-        num_class_embeds.
+        num_class_embeds, (B, P + n) with a text's vector and n numbers when it has addition_embed_type.
         Returns (B, C_out, H, W). Raises ValueError when the condition does not fit the config.
         """
         c = self.config
         context = self._context(cond)
         temb = self._time(x, t)  # (B, E)
-        if self.class_embedding is not None or cond.pooled is not None:
+        if self.add_embedding is not None:
+            temb = temb + self.add_embedding(self._text_time(cond).to(x.dtype))
+        elif self.class_embedding is not None or cond.pooled is not None:
             temb = temb + self._class(cond)
         x = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)  # (B, C_in, H, W)
         if x.shape[1] != c.in_channels:
@@ -354,6 +376,23 @@ class UNet(Network):
         if low < 0 or high >= known:
             raise ValueError(f"class label {low if low < 0 else high} in cond.pooled; use 0 to {known - 1}")
         return self.class_embedding(labels[:, 0])  # (B, E)
+
+    def _text_time(self, cond: Cond) -> Tensor:
+        """The text's vector beside sines and cosines of the numbers (Podell et al. 2023, section 2.2): (B, P + n F)."""
+        c, pooled = self.config, cond.pooled
+        assert c.addition_time_embed_dim is not None and c.projection_class_embeddings_input_dim is not None
+        width = 0 if pooled is None else pooled.shape[-1]
+        each = c.addition_time_embed_dim - 1
+        n, rest = divmod(c.projection_class_embeddings_input_dim - width, each)
+        if pooled is None or rest or not 0 <= n <= width:
+            found = "None" if pooled is None else f"{width} wide"
+            raise ValueError(
+                f"cond.pooled is {found}; this U-Net wants a text's vector (B, P) and n numbers (B, n) in it, with "
+                f"P + {each + 1} n = {c.projection_class_embeddings_input_dim}"
+            )
+        text, numbers = pooled[:, : width - n], pooled[:, width - n :]
+        lifted = sinusoidal(numbers.flatten(), each + 1, c.flip_sin_to_cos, c.freq_shift)  # (B n, F)
+        return torch.cat([text.float(), lifted.reshape(len(pooled), -1)], dim=1)
 
     def _context(self, cond: Cond) -> Tensor | None:
         c = self.config

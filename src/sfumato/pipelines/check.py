@@ -99,7 +99,7 @@ def settled(request: Request, preset: Preset, estimates_depth: bool = False) -> 
     estimates_depth: the model makes depth of an image itself.
     Raises ValueError for a field that the model has no use for and for a picture that is missing.
     """
-    uses, texts = USES[preset.task], TEXTS[type(preset.text)]
+    uses, texts = USES[preset.task], TEXTS[type(next(iter(preset.texts), None))]
     for name in (n for n in (*OWN, *TEXTS[CLIPTextConfig]) if given(request, n)):
         if name not in (*uses.fields, *texts):
             takes = ", ".join([*texts, *uses.fields])
@@ -215,6 +215,6 @@ def check(request: Request, preset: Preset) -> None:
         able = [name for name, e in SAMPLERS.items() if "eta" in inspect.signature(e.run).parameters]
         if request.sampler not in able:
             raise ValueError(f"sampler {request.sampler!r} takes no eta; these do: {', '.join(able)}")
-    levels = preset.unet.num_class_embeds
+    levels = preset.denoiser.num_class_embeds
     if request.noise_level is not None and levels is not None and request.noise_level >= levels:
         raise ValueError(f"noise_level = {request.noise_level}; this model knows 0 to {levels - 1}")

@@ -11,19 +11,16 @@ from torch import Tensor
 
 from sfumato.cond import Cond
 from sfumato.diffusion.guidance import InstructCFG, Plain, Turns
-from sfumato.models.clip import CLIPTextModel
-from sfumato.models.unet import UNet
 from sfumato.pipelines.guided import Sides, sides
 from sfumato.pipelines.request import Request
 from sfumato.pipelines.start import Start
 from sfumato.presets import Task
-from sfumato.text.encode import Cache, encode_schedule
 from sfumato.text.prompt import LoraTag, extract_loras
-from sfumato.text.tokenizer import ClipTokenizer
+from sfumato.text.towers import Cache, Towers
 from sfumato.weights.adapters import Adapter, AdapterHost, EmbeddingHost, read_adapter, read_embedding
 from sfumato.weights.adapters.names import UNET, ModuleNames
 from sfumato.weights.hub import find_file
-from sfumato.weights.parts import TextEncoder, Tokenizer
+from sfumato.weights.parts import Denoiser
 
 
 @dataclass(frozen=True)
@@ -71,12 +68,12 @@ def batches(requests: Sequence[Request], most: int) -> Iterator[tuple[int, Outfi
 class Wardrobe:
     """A model's networks, what they wear, and the texts that they have read in it."""
 
-    def __init__(self, unet: UNet, text_encoder: TextEncoder | None, tokenizer: Tokenizer | None) -> None:
-        self.parts = unet, text_encoder, tokenizer
-        self._adapters = AdapterHost(unet, text_encoder)
+    def __init__(self, denoiser: Denoiser, towers: Towers) -> None:
+        self.denoiser, self.towers = denoiser, towers
+        self._adapters = AdapterHost(denoiser, next(iter(towers.present), None))
         self._words: EmbeddingHost | None = None
-        if isinstance(text_encoder, CLIPTextModel) and isinstance(tokenizer, ClipTokenizer):
-            self._words = EmbeddingHost(tokenizer, text_encoder)
+        if towers.clips and not towers.paired:
+            self._words = EmbeddingHost(*towers.clips[0])
         self._worn = BARE
         self._texts: Cache = {}
 
@@ -94,6 +91,10 @@ class Wardrobe:
             shares = [share for tag in wanted.loras for share in self._shares(tag)]
             if self._words is not None:
                 self._words.apply(words)
+            elif words:
+                raise ValueError(
+                    f"{wanted.embeddings[0]}: learned words are for models with one CLIP tower; leave it out"
+                )
             self._adapters.apply(shares)
         except BaseException:
             self.undress()
@@ -112,7 +113,7 @@ class Wardrobe:
         """What to ask for a picture, in what is worn: the prompts along its grid, and the inputs of its start."""
         cond = self._told(extract_loras(request.prompt)[0], request, start, start.concat)
         scale = cast(float, request.guidance_scale)
-        if self.parts[1] is None:
+        if not self.towers.present:
             return Plain(cond)
         if task == "instruct":
             assert start.concat is not None
@@ -121,16 +122,17 @@ class Wardrobe:
             return InstructCFG(cond, image, nothing, scale, cast(float, request.image_guidance_scale))
         if scale == 1 and request.cfg_pp is None:
             return Plain(cond)
-        return sides(request, cond, self._told(request.negative_prompt, request, start, start.concat))
+        return sides(request, cond, self._told(request.negative_prompt, request, start, start.concat, negative=True))
 
-    def _told(self, text: str, request: Request, start: Start, concat: Tensor | None) -> Cond | Turns:
+    def _told(
+        self, text: str, request: Request, start: Start, concat: Tensor | None, negative: bool = False
+    ) -> Cond | Turns:
         steps = len(start.grid) - 1
-        _, text_encoder, tokenizer = self.parts
-        if self._words is not None:
-            tokenizer = self._words.tokenizer
+        towers = self.towers if self._words is None else self.towers.replaced([self._words.tokenizer])
         rule = request.prompt_rule or "none"
-        turns = encode_schedule(tokenizer, text_encoder, text, steps, request.clip_skip or 0, rule, self._texts)
-        conds = [(end, replace(cond, concat=concat, pooled=start.label)) for end, cond in turns]
+        turns = towers.along(text, steps, request.clip_skip or 0, rule, self._texts, negative)
+        label = start.label
+        conds = [(e, replace(c, concat=concat, pooled=c.pooled if label is None else label)) for e, c in turns]
         return conds[0][1] if len(conds) == 1 else Turns(conds, start.grid)
 
     def _shares(self, tag: LoraTag) -> list[tuple[Adapter, float]]:
@@ -138,7 +140,7 @@ class Wardrobe:
         adapter = read_adapter(find_file("lora", tag.name), tag.name)
         if tag.unet == tag.text:
             return [(adapter, tag.unet)]
-        names = ModuleNames(self.parts[0], self.parts[1])
+        names = ModuleNames(self.denoiser, next(iter(self.towers.present), None))
         # What fits neither network goes with the denoiser's, to be refused there.
         text = {raw: c for raw, c in adapter.changes.items() if (names.find(raw) or (UNET,))[0] != UNET}
         unet = {raw: c for raw, c in adapter.changes.items() if raw not in text}

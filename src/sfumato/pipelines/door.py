@@ -28,7 +28,7 @@ from sfumato.runtime import Runtime, choose, dtype_name
 from sfumato.text.encode import encode_prompts
 from sfumato.text.tokenizer import ClipTokenizer
 from sfumato.weights.folder import save_folder
-from sfumato.weights.parts import VAE, Components
+from sfumato.weights.parts import VAE, Components, collected
 
 D = TypeVar("D", bound="Door")
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "low_res_scheduler", "depth_estimator")
@@ -79,10 +79,7 @@ class Door(Switches):
                 "sfumato.load opens any"
             )
         scheduler = self._mended(scheduler_of(parts.scheduler))
-        parts = Components(
-            parts.unet, parts.vae, text, parts.tokenizer, scheduler, parts.low_res_scheduler, family,
-            parts.depth_estimator,
-        )  # fmt: skip
+        parts = replace(parts, scheduler=scheduler, pipeline=family)
         self._pipe = Pipeline(parts, runtime, name)
         self._adapted = Adapted(parts.unet, text, tokenizer)
         self.image_processor = ImageProcessor(self.vae_scale_factor, self.resample, channels=self.latent_channels)
@@ -166,10 +163,7 @@ class Door(Switches):
     def from_pipe(cls: type[D], pipeline: Door | Pipeline, **given: Any) -> D:
         """A door to the same parts as another door's or pipeline's; given: parts to take instead."""
         pipe = pipeline._pipe if isinstance(pipeline, Door) else pipeline
-        parts = Components(
-            pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, pipe.low_res_scheduler, "",
-            pipe.depth_estimator,
-        )  # fmt: skip
+        parts = replace(collected(pipe), pipeline="")
         cls._check_others({name: value for name, value in given.items() if name not in PARTS})
         door = cls._of(with_parts(parts, {k: v for k, v in given.items() if k in PARTS}), None, pipe.model)
         door._pipe.runtime = pipe.runtime
@@ -416,7 +410,7 @@ def with_parts(parts: Components, given: Mapping[str, Any]) -> Components:
     """The parts with some of them replaced."""
     if "scheduler" in given:
         given = {**given, "scheduler": scheduler_of(given["scheduler"])}
-    return replace(parts, **given)
+    return replace(parts, **{"denoiser" if name == "unet" else name: part for name, part in given.items()})
 
 
 def scheduler_of(scheduler: Any) -> Scheduler:

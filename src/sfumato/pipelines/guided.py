@@ -17,10 +17,10 @@ from sfumato.diffusion.scheduler import Scheduler
 from sfumato.diffusion.table import ZERO_SNR, TableScheduler
 from sfumato.models.autoencoder import AutoencoderConfig
 from sfumato.models.perturb import IDENTITY, self_attentions
-from sfumato.models.unet import UNet
 from sfumato.models.vq import VQConfig
 from sfumato.pipelines.request import Request
 from sfumato.presets import Preset
+from sfumato.weights.parts import Denoiser
 
 # Pipelines in which diffusers takes clip_sample for a slip in old folders: latents are larger than 1.
 CLIPS_BY_MISTAKE = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
@@ -83,12 +83,12 @@ def scheduled(request: Request, scheduler: Scheduler) -> Scheduler:
     return kind.from_config(scheduler.config, rescale_betas_zero_snr=wanted)
 
 
-def check_guidance(request: Request, preset: Preset, unet: UNet, grid: Sequence[Point]) -> None:
+def check_guidance(request: Request, preset: Preset, denoiser: Denoiser, grid: Sequence[Point]) -> None:
     """ValueError where what a settled request says of guidance does not fit the model; grid: the points of the run."""
     task, name = preset.task, f"{preset.title} ({preset.pipeline})"
     for field in ("cfg_pp", "apg"):
-        if getattr(request, field) is not None and (preset.text is None or task == "instruct"):
-            why = "has no prompt" if preset.text is None else "is guided by an image as well"
+        if getattr(request, field) is not None and (not preset.texts or task == "instruct"):
+            why = "has no prompt" if not preset.texts else "is guided by an image as well"
             raise ValueError(f"{field} leads from the negative prompt to the prompt, but {name} {why}; leave it out")
     first_only = [field for field in ("pag_scale", "guidance_rescale") if getattr(request, field)]
     if task == "instruct" and request.guidance_scale == 0 and first_only:
@@ -102,7 +102,7 @@ def check_guidance(request: Request, preset: Preset, unet: UNet, grid: Sequence[
     if request.pag_scale:
         for layer in request.pag_layers:
             try:
-                self_attentions(unet, layer)
+                self_attentions(denoiser, layer)
             except ValueError as error:
                 raise ValueError(f"pag_layers = {','.join(request.pag_layers)}: {error}") from None
     if request.guidance_interval is not None:

@@ -143,7 +143,7 @@ def run_of(pipe: Pipeline, request: Request, start: Start, generator: torch.Gene
 def setting_of(pipe: Pipeline, request: Request, generator: torch.Generator, eps: Tensor | None) -> Setting:
     """What the start of a resolved request has to work with."""
     height, width = (cast(int, side) // pipe.factor for side in (request.height, request.width))
-    shape = (1, pipe.unet.config.out_channels, height, width)
+    shape = (1, pipe.denoiser.config.out_channels, height, width)
     if eps is not None and eps.shape != shape:
         raise ValueError(f"noise of shape {tuple(eps.shape)} for one picture; this request needs {shape}")
     images, frame = pictures_of(request), frame_of(request, pipe.factor)

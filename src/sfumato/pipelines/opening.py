@@ -15,10 +15,12 @@ from sfumato.models.autoencoder import AutoencoderKL as KL
 from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.clip import CLIPTextModel as TextModel
 from sfumato.models.unet import UNet, UNetConfig
-from sfumato.presets import BUILT_IN, SD_VAE
+from sfumato.presets import BUILT_IN
+from sfumato.presets.classic import SD_VAE
 from sfumato.text.tokenizer import ClipTokenizer
-from sfumato.weights.folder import TEXTS, UNETS, load_folder, load_part, load_vae_folder
+from sfumato.weights.folder import load_folder, load_part, load_vae_folder
 from sfumato.weights.hub import cached, fetch, parse_id, ready
+from sfumato.weights.layouts import TEXTS, UNETS
 from sfumato.weights.model import load_model, load_vae, locate
 from sfumato.weights.parts import Components
 

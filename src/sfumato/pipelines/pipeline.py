@@ -32,10 +32,11 @@ from sfumato.pipelines.restore import Restoration, restore
 from sfumato.pipelines.start import remaining
 from sfumato.presets import Preset
 from sfumato.runtime import Runtime, as_it_is, choose
+from sfumato.text.towers import TextEncoder, Tokenizer, Towers
 from sfumato.weights.folder import save_folder
 from sfumato.weights.hub import find_file
 from sfumato.weights.model import load_model
-from sfumato.weights.parts import VAE, Components, TextEncoder, Tokenizer, preset_of
+from sfumato.weights.parts import VAE, Components, Denoiser, as_unet, preset_of, towers_of
 from sfumato.weights.safe import blame, is_finite, lay_out
 
 OutputType = Literal["pil", "pt", "latent"]
@@ -81,21 +82,26 @@ class Pipeline:
     ) -> None:
         if batch is not None and batch < 1:
             raise ValueError(f"batch = {batch}; give 1 or more pictures")
-        self.unet: UNet = parts.unet
+        self.denoiser: Denoiser = parts.denoiser
         self.vae: VAE = parts.vae
         self.text_encoder: TextEncoder | None = parts.text_encoder
         self.tokenizer: Tokenizer | None = parts.tokenizer
+        self.text_encoder_2: TextEncoder | None = parts.text_encoder_2
+        self.tokenizer_2: Tokenizer | None = parts.tokenizer_2
+        self.text_encoder_3: TextEncoder | None = parts.text_encoder_3
+        self.tokenizer_3: Tokenizer | None = parts.tokenizer_3
+        self.force_zeros_for_empty_prompt: bool = parts.force_zeros_for_empty_prompt
         self.low_res_scheduler: Scheduler | None = parts.low_res_scheduler
         self.depth_estimator: DepthEstimator | None = parts.depth_estimator
         self.pipeline: str = parts.pipeline
         self._scheduler = parts.scheduler
-        self.runtime = runtime or as_it_is(next(self.unet.parameters()))
+        self.runtime = runtime or as_it_is(next(self.denoiser.parameters()))
         # What requests say of the model, so that a recipe can open it again.
         self.source: dict[str, str | None] = {"model": model, "vae": None, "base": None, "prediction": None}
         self.embeddings: tuple[str, ...] = ()
         self.batch = batch
         self.preset: Preset = preset_of(parts)
-        self._wardrobe = Wardrobe(self.unet, self.text_encoder, self.tokenizer)
+        self._wardrobe = Wardrobe(self.denoiser, self.towers)
         if runtime is not None:
             self.to()
 
@@ -197,6 +203,20 @@ class Pipeline:
         return str(self.source["model"])
 
     @property
+    def unet(self) -> UNet:
+        """The denoiser where it is a U-Net; AttributeError where it is not."""
+        return as_unet(self.denoiser)
+
+    @unet.setter
+    def unet(self, unet: UNet) -> None:
+        self.denoiser = unet
+
+    @property
+    def towers(self) -> Towers:
+        """The text encoders with their tokenizers."""
+        return towers_of(self)
+
+    @property
     def scheduler(self) -> Scheduler:
         """The model's scheduler: its path and prediction, and the sampler that requests fall back on."""
         return self._scheduler
@@ -215,7 +235,7 @@ class Pipeline:
         """Move the networks to a device, a dtype, or both; returns the pipeline itself."""
         now = self.runtime
         self.runtime = replace(now, device=torch.device(device or now.device), dtype=dtype or now.dtype)
-        for part in (self.unet, self.vae, self.text_encoder, self.depth_estimator):
+        for part in (self.denoiser, self.vae, *self.towers.present, self.depth_estimator):
             if part is not None:
                 part.to(device=self.runtime.device, dtype=self.runtime.dtype)
         return self
@@ -341,12 +361,12 @@ class Pipeline:
         return x
 
     def net(self, x: Tensor, t: Tensor, cond: Cond, perturb: str | None = None) -> Tensor:
-        """The U-Net in the runtime's dtype: (B, C, h, w) to the same, float32; `perturb`: see `models/perturb.py`."""
+        """The denoiser in the runtime's dtype: (B, C, h, w) to the same, float32; perturb: see `models/perturb.py`."""
         dtype = self.runtime.dtype
-        with perturbed(self.unet, perturb):
-            out = self.unet(x.to(dtype), t, cond.to(dtype=dtype)).float()
+        with perturbed(self.denoiser, perturb):
+            out = self.denoiser(x.to(dtype), t, cond.to(dtype=dtype)).float()
         if not is_finite(out):
-            raise blame("U-Net", self._networks())
+            raise blame(self._denoiser_name, self._networks())
         return out
 
     def _resolved(self, request: Request) -> Request:
@@ -357,27 +377,34 @@ class Pipeline:
         outfit(request).locate()
         plan = self.plan(request)
         grid = plan.grid if request.strength is None else remaining(plan, request.strength)[1]
-        check_guidance(request, self.preset, self.unet, grid)
+        check_guidance(request, self.preset, self.denoiser, grid)
         if request.hires_strength is not None:
             remaining(plan, request.hires_strength)
         frame_of(request, self.factor)
         return request
 
     def _networks(self) -> dict[str, nn.Module | None]:
-        return {"text encoder": self.text_encoder, "autoencoder": self.vae, "U-Net": self.unet}
+        towers = self.towers.present
+        numbered = {f"text encoder {i}": tower for i, tower in enumerate(towers, 1)}
+        texts = {"text encoder": towers[0]} if len(towers) == 1 else numbered
+        return {**texts, "autoencoder": self.vae, self._denoiser_name: self.denoiser}
+
+    @property
+    def _denoiser_name(self) -> str:
+        return "U-Net" if isinstance(self.denoiser, UNet) else "transformer"
 
     def lay_out(self) -> None:
         """Bring weights into the runtime's layout; not before the first use, so that opening a model copies nothing."""
         if self.runtime.channels_last:
-            lay_out(self.unet)
+            lay_out(self.denoiser)
             lay_out(self.vae)
 
     def dressing(self) -> Wardrobe:
         """The networks as they are now, with what they wear."""
-        parts = self.unet, self.text_encoder, self.tokenizer
-        if any(now is not then for now, then in zip(parts, self._wardrobe.parts, strict=True)):
+        towers = self.towers
+        if self.denoiser is not self._wardrobe.denoiser or towers != self._wardrobe.towers:
             self._wardrobe.undress()
-            self._wardrobe = Wardrobe(*parts)
+            self._wardrobe = Wardrobe(self.denoiser, towers)
         return self._wardrobe
 
     def plan(self, request: Request) -> Plan:

@@ -190,7 +190,7 @@ def restore_latent(
     It starts from the latent of the first guess under as much noise as hides the guess's errors.
     Raises ValueError for models that need more than a text.
     """
-    weight = next(pipe.unet.parameters())
+    weight = next(pipe.denoiser.parameters())
     seen = seen.to(weight.device)
     told = _told(pipe, [prompt, ""] if guidance_scale != 1 else [prompt])
     inner: Guidance = Plain(told[0]) if len(told) == 1 else CFG(told[0], told[1], guidance_scale)
@@ -207,10 +207,10 @@ def restore_latent(
         return pipe.vae.to_pixels(latent.to(weight.dtype)).float()
 
     def net(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return pipe.unet(x.to(weight.dtype), t, cond).float()
+        return pipe.denoiser(x.to(weight.dtype), t, cond).float()
 
     guidance = Descended(inner, damage.operator, seen, 2 * damage.noise, decode, scale=step_scale)
-    frozen = [p for part in (pipe.unet, pipe.vae) for p in part.parameters() if p.requires_grad]
+    frozen = [p for part in (pipe.denoiser, pipe.vae) for p in part.parameters() if p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)
     try:
@@ -233,7 +233,7 @@ def _told(pipe: HasComponents, prompts: Sequence[str]) -> list[Cond]:
         return [Cond() for _ in prompts]
     if not isinstance(tower, CLIPTextModel) or not isinstance(tokenizer, ClipTokenizer):
         raise ValueError(f"{pipe.pipeline} does not read prompts as Stable Diffusion does; name such a model")
-    if pipe.unet.config.in_channels != pipe.unet.config.out_channels:
+    if pipe.denoiser.config.in_channels != pipe.denoiser.config.out_channels:
         raise ValueError(f"{pipe.pipeline} wants a picture beside the prompt; name a text-to-image model")
     with torch.no_grad():
         return [encode_prompts(tokenizer, tower, [prompt]) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""Prompts to conditioning: what a network is told of a text, for each kind of text encoder.
+"""Prompts to conditioning: what one CLIP tower makes of a text; `towers` takes all of a model's together.
 
 B prompts, U distinct prompts, n chunks, L tokens, D width.
 """
@@ -13,23 +13,22 @@ import torch
 from torch import Tensor
 
 from sfumato.cond import Cond
-from sfumato.models.bert import LDMBertModel
-from sfumato.models.classes import ClassEmbedder
 from sfumato.models.clip import CLIPTextModel
-from sfumato.text.bert import BertTokenizer
-from sfumato.text.prompt import Piece, check_rule, parse, schedule
+from sfumato.text.prompt import Piece, check_rule, parse
 from sfumato.text.tokenizer import ClipTokenizer
 
 COMMA_REACH = 20  # tokens back from the end of a full chunk to a comma after which it may be broken
-Cache = dict[tuple[str, int, str], Cond]
 
 
-def encode_prompts(tokenizer: ClipTokenizer, model: CLIPTextModel, prompts: Sequence[str], clip_skip: int = 0) -> Cond:
+def encode_prompts(
+    tokenizer: ClipTokenizer, model: CLIPTextModel, prompts: Sequence[str], clip_skip: int = 0, bare: bool = False
+) -> Cond:
     """Cond(context (B, L, D)) of some plain texts, cut to one chunk each; equal texts are evaluated once.
 
     Brackets mean themselves here: captions are read in this way. `encode_prompt` reads prompts with their syntax.
     clip_skip: layers left out at the end; 0 reads the last one. The final layer norm applies in any case, as
                with diffusers' `clip_skip` (whose None is our 0).
+    bare:      read one layer earlier and without the final norm, and pooled (B, P) where the tower projects.
     Raises TypeError when given a bare string, ValueError when clip_skip is not below the number of layers.
     """
     if isinstance(prompts, str):
@@ -37,28 +36,40 @@ def encode_prompts(tokenizer: ClipTokenizer, model: CLIPTextModel, prompts: Sequ
     distinct = list(dict.fromkeys(prompts))
     ids = tokenizer(distinct)  # (U, L)
     place = {prompt: i for i, prompt in enumerate(distinct)}
-    states = token_states(model, ids, clip_skip)  # (U, L, D)
+    states, pooled = _read(model, ids, clip_skip, bare)  # (U, L, D), (U, P)
     rows = torch.tensor([place[prompt] for prompt in prompts], dtype=torch.int64, device=states.device)
-    return Cond(context=states[rows])  # (B, L, D)
+    return Cond(states[rows], None if pooled is None else pooled[rows])  # (B, L, D), (B, P)
+
+
+def token_states(model: CLIPTextModel, ids: Tensor, clip_skip: int = 0) -> Tensor:
+    """The states (B, L, D) that a U-Net reads, of token ids (B, L), `clip_skip` layers from the end."""
+    return _read(model, ids, clip_skip, bare=False)[0]
 
 
 @torch.no_grad()  # not inference_mode: a U-Net in training keeps the states for its backward pass
-def token_states(model: CLIPTextModel, ids: Tensor, clip_skip: int = 0) -> Tensor:
-    """The states (B, L, D) that a U-Net reads, of token ids (B, L), `clip_skip` layers from the end."""
-    layers = model.config.num_hidden_layers
+def _read(model: CLIPTextModel, ids: Tensor, clip_skip: int, bare: bool) -> tuple[Tensor, Tensor | None]:
+    """The states (B, L, D) of token ids (B, L), and if bare the projected vectors (B, P) of a tower that projects."""
+    layers = model.config.num_hidden_layers - bare
     if not 0 <= clip_skip < layers:
+        which = "layers before the last" if bare else "layers"
         raise ValueError(
-            f"clip_skip {clip_skip} is out of range; this text encoder has {layers} layers: 0..{layers - 1}"
+            f"clip_skip {clip_skip} is out of range; this text encoder has {layers} {which}: 0..{layers - 1}"
         )
     ids = ids.to(next(model.parameters()).device)
-    if clip_skip == 0:
-        return model(ids).last_hidden_state
-    states = model(ids, output_hidden_states=True).hidden_states
-    return model.text_model.final_layer_norm(states[-1 - clip_skip])
+    if clip_skip == 0 and not bare:
+        return model(ids).last_hidden_state, None
+    out = model(ids, output_hidden_states=True)
+    states = out.hidden_states[-1 - clip_skip - bare]
+    return (states, out.text_embeds) if bare else (model.text_model.final_layer_norm(states), None)
 
 
 def encode_prompt(
-    tokenizer: ClipTokenizer, model: CLIPTextModel, text: str, clip_skip: int = 0, rule: str = "a1111"
+    tokenizer: ClipTokenizer,
+    model: CLIPTextModel,
+    text: str,
+    clip_skip: int = 0,
+    rule: str = "a1111",
+    bare: bool = False,
 ) -> Cond:
     """Cond(context (1, n * L, D)) of one prompt of any length, read in n chunks of L tokens side by side.
 
@@ -70,20 +81,22 @@ def encode_prompt(
                states, z_empty + weight * (z - z_empty), and leaves alone what has weight 1; "none" takes the text
                literally, brackets and all. The syntax is one for both: ComfyUI's own has no square brackets and no
                BREAK, and there an inner (word:1.2) replaces the weight of what is around it.
+    bare:      read one layer earlier and without the final norm, as towers are that are read together; then also
+               pooled (1, P), what a tower that projects says of the first chunk, whatever the weights.
     Raises ValueError for a rule that is not known, a clip_skip out of range, or a weight that is no number (`parse`).
     """
     check_rule(rule)
     sections = ((Piece(text),),) if rule == "none" else parse(text)
     rows = list(_chunks(tokenizer, sections))
     ids = torch.tensor([row.ids for row in rows], dtype=torch.int64)  # (n, L)
-    z = token_states(model, ids, clip_skip)  # (n, L, D)
+    z, pooled = _read(model, ids, clip_skip, bare)  # (n, L, D), (n, P)
     if any(weight != 1 for row in rows for weight in row.weights):
         weights = torch.tensor([row.weights for row in rows], dtype=torch.float32, device=z.device)[..., None]
         if rule == "a1111":
             z = _scaled(z, weights)
         else:
-            z = _drawn_out(z, weights, token_states(model, tokenizer([""]), clip_skip))
-    return Cond(context=z.flatten(0, 1)[None])  # (1, n * L, D)
+            z = _drawn_out(z, weights, _read(model, tokenizer([""]), clip_skip, bare)[0])
+    return Cond(z.flatten(0, 1)[None], None if pooled is None else pooled[:1])  # (1, n * L, D), (1, P)
 
 
 def _scaled(z: Tensor, weights: Tensor) -> Tensor:
@@ -169,76 +182,3 @@ def _broken(units: Sequence[_Unit], room: int, comma: int | None) -> Iterator[li
             after = len(row), taken
     if row:
         yield row
-
-
-def condition(
-    tokenizer: ClipTokenizer | BertTokenizer | None,
-    text_encoder: CLIPTextModel | LDMBertModel | ClassEmbedder | None,
-    text: str,
-    clip_skip: int = 0,
-    rule: str = "a1111",
-) -> Cond:
-    """What one text tells the network, whichever the model's text encoder; the empty text is the unconditional one.
-
-    CLIP:           `encode_prompt`.
-    LDMBertModel:   Cond(context (1, L, D)) of the text as it stands, cut to L tokens.
-    ClassEmbedder:  Cond(context (1, 1, D)) of a class given by its number; the empty text is the last row, no class.
-    None:           Cond(), of an unconditional model.
-    Raises ValueError for a text that is no class number, a text for an unconditional model, a clip_skip for another
-    encoder than CLIP, and what `encode_prompt` refuses; TypeError when tokenizer and encoder are of two kinds.
-    """
-    if isinstance(text_encoder, CLIPTextModel):
-        if not isinstance(tokenizer, ClipTokenizer):
-            raise TypeError(f"a CLIP text encoder with a {type(tokenizer).__name__}; give a ClipTokenizer")
-        return encode_prompt(tokenizer, text_encoder, text, clip_skip, rule)
-    check_rule(rule)
-    if clip_skip:
-        raise ValueError(f"clip_skip = {clip_skip} is for CLIP text encoders, which this model has not; leave it at 0")
-    if text_encoder is None:
-        if text.strip():
-            raise ValueError(f"this model is unconditional and takes no prompt; leave {text!r} out")
-        return Cond()
-    device = next(text_encoder.parameters()).device
-    with torch.no_grad():
-        if isinstance(text_encoder, ClassEmbedder):
-            label = torch.tensor([_label(text, text_encoder.config.num_classes)], device=device)  # (1,)
-            return Cond(context=text_encoder(label))
-        if not isinstance(tokenizer, BertTokenizer):
-            raise TypeError(f"a BERT text encoder with a {type(tokenizer).__name__}; give a BertTokenizer")
-        return Cond(context=text_encoder(tokenizer([text]).to(device)).last_hidden_state)
-
-
-def _label(text: str, classes: int) -> int:
-    """The row of the class table that a text names."""
-    number = text.strip()
-    if not number:
-        return classes - 1
-    if not number.isdecimal() or int(number) > classes - 2:
-        raise ValueError(f"{text!r} is not a class of this model; give a number from 0 to {classes - 2} as the prompt")
-    return int(number)
-
-
-def encode_schedule(
-    tokenizer: ClipTokenizer | BertTokenizer | None,
-    text_encoder: CLIPTextModel | LDMBertModel | ClassEmbedder | None,
-    text: str,
-    steps: int,
-    clip_skip: int = 0,
-    rule: str = "a1111",
-    cache: Cache | None = None,
-) -> list[tuple[int, Cond]]:
-    """The conditions of a prompt along `steps` steps: (last step, Cond), as `diffusion.guidance.Turns` takes them.
-
-    Only prompts for CLIP have changes along the way, and not under the rule "none".
-    cache: conditions by (text, clip_skip, rule), looked up and added to. It belongs to the caller, who empties it when
-           the text encoder changes. Equal texts are encoded once in any case, and give the same object.
-    Raises what `schedule` and `condition` raise.
-    """
-    literal = rule == "none" or not isinstance(text_encoder, CLIPTextModel)
-    turns = [(steps, text)] if literal else schedule(text, steps)
-    known: Cache = {} if cache is None else cache
-    for _, words in turns:
-        key = words, clip_skip, rule
-        if key not in known:
-            known[key] = condition(tokenizer, text_encoder, words, clip_skip, rule)
-    return [(end, known[words, clip_skip, rule]) for end, words in turns]

@@ -18,7 +18,7 @@ from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.dpt import STATES, DPTConfig
 from sfumato.models.unet import UNetConfig
 from sfumato.models.vq import VQConfig
-from sfumato.presets import PRESETS, Preset, TextConfig, VAEConfig
+from sfumato.presets import SINGLE, Preset, TextConfig, VAEConfig
 from sfumato.weights import compvis, dpt
 from sfumato.weights.keymap import KeyMap, Row
 from sfumato.weights.parts import network
@@ -272,7 +272,7 @@ def places(infos: Shapes) -> dict[str, Place]:
     return found
 
 
-def identify(weights: Weights, prediction: str | None = None, presets: Sequence[Preset] = PRESETS) -> Found:
+def identify(weights: Weights, prediction: str | None = None, presets: Sequence[Preset] = SINGLE) -> Found:
     """Say what a file holds.
 
     prediction: overrides what the file or the family says.
@@ -289,7 +289,7 @@ def identify(weights: Weights, prediction: str | None = None, presets: Sequence[
 
 def config_of(preset: Preset, part: str) -> UNetConfig | VAEConfig | TextConfig | DPTConfig | None:
     """A preset's configuration of one component."""
-    return {UNET: preset.unet, VAE: preset.vae, TEXT: preset.text, DEPTH: preset.depth}[part]
+    return {UNET: preset.denoiser, VAE: preset.vae, TEXT: preset.text, DEPTH: preset.depth}[part]
 
 
 def _fits(preset: Preset, place: Place) -> bool:

@@ -3,8 +3,9 @@
 model_index.json
 unet/              config.json, diffusion_pytorch_model.safetensors
 vae/               likewise; called vqvae/ in models of the latent-diffusion kind
-text_encoder/      config.json, model.safetensors; called bert/ in the latent-diffusion text-to-image model
-tokenizer/         vocab.json, merges.txt, tokenizer_config.json, special_tokens_map.json
+text_encoder/      config.json, model.safetensors; called bert/ in the latent-diffusion text-to-image model;
+                   text_encoder_2/ likewise, in models with two
+tokenizer/         vocab.json, merges.txt, tokenizer_config.json, special_tokens_map.json; tokenizer_2/ likewise
 scheduler/         scheduler_config.json; low_res_scheduler/ likewise, for upscalers
 depth_estimator/   as text_encoder/, for depth models; feature_extractor/preprocessor_config.json goes with it
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,29 +27,39 @@ from torch import nn
 from sfumato.diffusion.prediction import get_prediction
 from sfumato.diffusion.scheduler import Scheduler
 from sfumato.files import read_json, write_json
-from sfumato.models.autoencoder import AutoencoderConfig
-from sfumato.models.bert import LDMBertConfig
-from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.depth import DepthEstimator, DPTProcessorConfig
 from sfumato.models.dpt import DPTConfig
-from sfumato.models.unet import UNet, UNetConfig
-from sfumato.models.vq import VQConfig
+from sfumato.presets import DenoiserConfig
 from sfumato.text.bert import BertTokenizer
-from sfumato.text.tokenizer import ClipTokenizer
+from sfumato.text.towers import TextEncoder, Tokenizer
 from sfumato.weights import compvis
 from sfumato.weights.dpt import dpt_map
 from sfumato.weights.keymap import KeyMap
-from sfumato.weights.parts import VAE, Components, HasComponents, TextEncoder, Tokenizer, network
+from sfumato.weights.layouts import (
+    ALIASES,
+    DENOISERS,
+    DEPTH,
+    DEPTHS,
+    LAYOUTS,
+    LIBRARIES,
+    LOW_RES,
+    PLAIN,
+    PROCESSOR,
+    TEXTS,
+    TOKENIZERS,
+    VAES,
+    XL,
+    ZEROS,
+    Layout,
+)
+from sfumato.weights.parts import VAE, Components, Denoiser, HasComponents, network, towers_of
 from sfumato.weights.safe import fill, write_tensors
 from sfumato.weights.source import open_weights
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # of an adapter in a folder of its own, as PEFT writes it
-LOW_RES = "low_res_scheduler"
-DEPTH = "depth_estimator"
-PROCESSOR = "feature_extractor"
 PROCESSOR_CONFIG = "preprocessor_config.json"
 DIFFUSION_FILE = "diffusion_pytorch_model"
 TRANSFORMERS_FILE = "model"
@@ -59,92 +69,6 @@ WEIGHTS = re.compile(
 )
 SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 HALVES: Mapping[torch.dtype | None, str] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the folders of one pipeline class are laid out.
-
-    vae, text_encoder, tokenizer: the sub-folders; None for a part that such models do not have.
-    low_res:  whether there is a second scheduler, of the noise on an upscaler's small picture.
-    optional: sub-folders that are read where the model has them.
-    absent:   parts that diffusers looks up in the index and that are not needed to make pictures.
-    entries:  further entries of the index.
-    defaults: of entries that the autoencoder's configuration may lack, where they are not its own.
-    """
-
-    vae: str = "vae"
-    text_encoder: str | None = "text_encoder"
-    tokenizer: str | None = "tokenizer"
-    low_res: bool = False
-    optional: tuple[str, ...] = ()
-    absent: tuple[str, ...] = ()
-    entries: Mapping[str, Any] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def folders(self) -> list[str]:
-        """The sub-folders that must be there."""
-        names = ("unet", self.vae, self.text_encoder, self.tokenizer, "scheduler", LOW_RES if self.low_res else None)
-        return [name for name in names if name is not None]
-
-    @property
-    def networks(self) -> list[str]:
-        """Those that hold weights."""
-        return [name for name in ("unet", self.vae, self.text_encoder) if name is not None]
-
-
-CHECKED = Layout(
-    absent=("feature_extractor", "image_encoder", "safety_checker"), entries={"requires_safety_checker": False}
-)
-LAYOUTS: Mapping[str, Layout] = {
-    "StableDiffusionPipeline": CHECKED,
-    "StableDiffusionInpaintPipeline": CHECKED,
-    "StableDiffusionInstructPix2PixPipeline": CHECKED,
-    "StableDiffusionDepth2ImgPipeline": Layout(optional=(DEPTH, PROCESSOR), absent=(DEPTH, PROCESSOR)),
-    "StableDiffusionUpscalePipeline": Layout(
-        low_res=True,
-        absent=("feature_extractor", "safety_checker", "watermarker"),
-        defaults={"scaling_factor": 0.08333},  # the published folder does not say
-    ),
-    "LDMTextToImagePipeline": Layout(vae="vqvae", text_encoder="bert"),
-    "LDMClassToImagePipeline": Layout(tokenizer=None),
-    "LDMPipeline": Layout(vae="vqvae", text_encoder=None, tokenizer=None),
-}
-# Classes with the parts of another one: what is made of these is decided by the request.
-ALIASES: Mapping[str, str] = {
-    "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
-    "StableDiffusionPAGPipeline": "StableDiffusionPipeline",
-    "StableDiffusionPAGImg2ImgPipeline": "StableDiffusionPipeline",
-    "StableDiffusionPipelineSafe": "StableDiffusionPipeline",
-    "StableDiffusionInpaintPipelineLegacy": "StableDiffusionPipeline",
-    "StableDiffusionPAGInpaintPipeline": "StableDiffusionInpaintPipeline",
-}
-UNETS: Mapping[str, type] = {"UNet2DConditionModel": UNetConfig, "UNet2DModel": UNetConfig}
-VAES: Mapping[str, type] = {"AutoencoderKL": AutoencoderConfig, "VQModel": VQConfig}
-TEXTS: Mapping[str, type] = {
-    "CLIPTextModel": CLIPTextConfig,
-    "CLIPTextModelWithProjection": CLIPTextConfig,  # these models do not read what is projected
-    "LDMBertModel": LDMBertConfig,
-    "ClassEmbedder": ClassEmbedderConfig,
-}
-DEPTHS: Mapping[str, type] = {"DPTForDepthEstimation": DPTConfig}
-TOKENIZERS: Mapping[str, type[ClipTokenizer] | type[BertTokenizer]] = {
-    "CLIPTokenizer": ClipTokenizer,
-    "CLIPTokenizerFast": ClipTokenizer,
-    "BertTokenizer": BertTokenizer,
-    "BertTokenizerFast": BertTokenizer,
-}
-# The library that the index names for a class, diffusers where none is listed.
-LIBRARIES: Mapping[str, str] = {
-    "CLIPTextModel": "transformers",
-    "CLIPTokenizer": "transformers",
-    "BertTokenizer": "transformers",
-    "DPTForDepthEstimation": "transformers",
-    "DPTImageProcessor": "transformers",
-    "LDMBertModel": "latent_diffusion",
-    "ClassEmbedder": "sfumato",
-}
 
 
 def load_folder(
@@ -167,25 +91,43 @@ def load_folder(
     if variant is not None:
         _check_variant(path, layout, variant)
 
+    def there(name: str) -> bool:
+        """Whether a part is to be read: not one that such models may lack, and this one does."""
+        return name not in layout.optional or ((path / name).is_dir() and index.get(name) not in (None, [None, None]))
+
     def network(name: str, classes: Mapping[str, type]) -> nn.Module:
         default = layout.defaults if name == layout.vae else {}
         return _network(path / name, class_of(path, index, name, classes), classes, dtype, device, variant, default)
 
-    tokenizer: Tokenizer | None = None
-    if layout.tokenizer is not None:
-        kind = TOKENIZERS[class_of(path, index, layout.tokenizer, TOKENIZERS)]
-        tokenizer = kind.from_folder(path / layout.tokenizer)
+    def tokenizer(name: str) -> Tokenizer:
+        return TOKENIZERS[class_of(path, index, name, TOKENIZERS)].from_folder(path / name)
+
+    tokenizers = [tokenizer(name) if there(name) else None for name in layout.tokenizers]
     scheduler = _scheduler(path / "scheduler", prediction)
     low_res = _scheduler(path / LOW_RES, None) if layout.low_res else None
-    unet = cast(UNet, network("unet", UNETS))
+    denoiser = cast(Denoiser, network(layout.denoiser, DENOISERS))
     vae = cast(VAE, network(layout.vae, VAES))
-    text = None if layout.text_encoder is None else cast(TextEncoder, network(layout.text_encoder, TEXTS))
+    towers = [cast(TextEncoder, network(name, TEXTS)) if there(name) else None for name in layout.text_encoders]
     depth: DepthEstimator | None = None
-    if DEPTH in layout.optional and (path / DEPTH).is_dir() and index.get(DEPTH) not in (None, [None, None]):
+    if DEPTH in layout.optional and there(DEPTH):
         depth = cast(DepthEstimator, network(DEPTH, DEPTHS))
         depth.processor = _processor(path / PROCESSOR / PROCESSOR_CONFIG)
-    family = _checked_channels(path, family, unet.config.in_channels, vae.config.latent_channels)
-    return Components(unet, vae, text, tokenizer, scheduler, low_res, family, depth)
+    texts, readers = (*towers, None, None, None), (*tokenizers, None, None, None)
+    return Components(
+        denoiser=denoiser,
+        vae=vae,
+        text_encoder=texts[0],
+        tokenizer=readers[0],
+        scheduler=scheduler,
+        low_res_scheduler=low_res,
+        pipeline=_checked_family(path, family, denoiser.config, vae.config.latent_channels, texts[0] is not None),
+        depth_estimator=depth,
+        text_encoder_2=texts[1],
+        tokenizer_2=readers[1],
+        text_encoder_3=texts[2],
+        tokenizer_3=readers[2],
+        force_zeros_for_empty_prompt=layout is XL and bool(index.get(ZEROS, True)),
+    )
 
 
 def load_vae_folder(
@@ -239,12 +181,12 @@ def save_folder(parts: HasComponents, path: Path | str, dtype: torch.dtype | Non
     Each file is replaced in one step, and `model_index.json` comes last: a folder without it is not complete.
     Raises ValueError when a part is missing that such models have.
     """
-    path, layout = Path(path), _layout(parts.pipeline)
-    given: dict[str | None, Any] = {
-        "unet": parts.unet,
+    path, layout, towers = Path(path), _layout(parts.pipeline), towers_of(parts)
+    given: dict[str, Any] = {
+        layout.denoiser: parts.denoiser,
         layout.vae: parts.vae,
-        layout.text_encoder: parts.text_encoder,
-        layout.tokenizer: parts.tokenizer,
+        **dict(zip(layout.text_encoders, towers.encoders, strict=False)),
+        **dict(zip(layout.tokenizers, towers.tokenizers, strict=False)),
         "scheduler": parts.scheduler,
         LOW_RES: parts.low_res_scheduler,
     }
@@ -252,13 +194,14 @@ def save_folder(parts: HasComponents, path: Path | str, dtype: torch.dtype | Non
     missing = [name for name in layout.folders if given[name] is None]
     if missing:
         raise ValueError(f"a {parts.pipeline} has {' and '.join(missing)}, which was not given; choose another class")
-    rows: dict[str, Any] = {name: [None, None] for name in layout.absent}
-    for name in layout.folders:
-        part = given[name]
+    rows: dict[str, Any] = {name: [None, None] for name in (*layout.absent, *layout.optional)}
+    for name, part in given.items():
+        if part is None or name not in layout.known:
+            continue
         if name in layout.networks:
-            file = DIFFUSION_FILE if name in ("unet", layout.vae) else TRANSFORMERS_FILE
+            file = TRANSFORMERS_FILE if name in layout.text_encoders else DIFFUSION_FILE
             class_name = _save_network(part, path / name, file, dtype)
-        elif name == layout.tokenizer:
+        elif name in layout.tokenizers:
             part.save(path / name)
             class_name = "BertTokenizer" if isinstance(part, BertTokenizer) else "CLIPTokenizer"
         else:
@@ -267,7 +210,7 @@ def save_folder(parts: HasComponents, path: Path | str, dtype: torch.dtype | Non
         rows[name] = [LIBRARIES.get(class_name, "diffusers"), class_name]
     if depth is not None:
         rows |= _save_depth(depth, path, dtype)
-    head = {"_class_name": parts.pipeline, "_diffusers_version": "0.30.0", **layout.entries}
+    head = {"_class_name": parts.pipeline, "_diffusers_version": "0.30.0", **layout.entries, **_flags(parts, layout)}
     write_json(path / INDEX, head | dict(sorted(rows.items())))
 
 
@@ -427,13 +370,26 @@ def _check_variant(path: Path, layout: Layout, variant: str) -> None:
         raise ValueError(f"no part of {path} has the variant {variant!r}; there are: {', '.join(sorted(found))}")
 
 
-def _checked_channels(path: Path, family: str, channels: int, latent: int) -> str:
-    """The pipeline class by what the U-Net takes besides the noisy latent; ValueError when it is neither.
+def _flags(parts: HasComponents, layout: Layout) -> dict[str, bool]:
+    """What the index says of Stable Diffusion XL: how empty prompts are read, and which numbers a refiner is told."""
+    if layout is not XL:
+        return {}
+    flags = {ZEROS: parts.force_zeros_for_empty_prompt}
+    if parts.pipeline != "StableDiffusionXLPipeline":
+        flags["requires_aesthetics_score"] = parts.text_encoder is None
+    return flags
 
-    A U-Net without further channels is a text-to-image model, though diffusers can inpaint with it.
+
+def _checked_family(path: Path, family: str, config: DenoiserConfig, latent: int, first: bool) -> str:
+    """The pipeline class by what the denoiser takes besides the noisy latent; ValueError when it is neither.
+
+    A U-Net without further channels is a text-to-image model, though diffusers can inpaint with it. Only a refiner, a
+    model without the first tower, is of the class that goes from image to image.
     """
+    channels = config.in_channels
     extra: Mapping[str, Sequence[int]] = {
         "StableDiffusionInpaintPipeline": (latent + 1, 0),
+        "StableDiffusionXLInpaintPipeline": (latent + 1, 0),
         "StableDiffusionInstructPix2PixPipeline": (latent,),
         "StableDiffusionDepth2ImgPipeline": (1,),
         "StableDiffusionUpscalePipeline": (3,),
@@ -441,5 +397,4 @@ def _checked_channels(path: Path, family: str, channels: int, latent: int) -> st
     allowed = [latent + more for more in extra.get(family, (0,))]
     if channels not in allowed:
         raise ValueError(f"{path}: the unet takes {channels} channels; that of a {family} takes {allowed[0]}")
-    plain = family == "StableDiffusionInpaintPipeline" and channels == latent
-    return "StableDiffusionPipeline" if plain else family
+    return PLAIN.get(family, family) if channels == latent and first else family

@@ -20,7 +20,8 @@ import torch
 
 from sfumato.diffusion.config import CONFIG_NAME
 from sfumato.presets import BUILT_IN
-from sfumato.weights.folder import ADAPTER, CONFIG, INDEX, LAYOUTS, WEIGHTS, choose, read_index, shards
+from sfumato.weights.folder import ADAPTER, CONFIG, INDEX, WEIGHTS, choose, read_index, shards
+from sfumato.weights.layouts import LAYOUTS
 
 Kind = Literal["model", "lora", "embedding", "vae"]
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
@@ -246,7 +247,7 @@ def plan_for(
     place = wanted.inside or "."
     below = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     if INDEX in below:
-        roles = {role for layout in LAYOUTS.values() for role in (*layout.folders, *layout.optional)}
+        roles = {role for layout in LAYOUTS.values() for role in layout.known}
         chosen = [INDEX]
         for folder in sorted({name.split("/")[0] for name in below if "/" in name} & roles):
             own = [name.split("/")[1] for name in below if name.startswith(f"{folder}/") and name.count("/") == 1]
@@ -286,7 +287,7 @@ def ready(folder: Path, wanted: HubId, variant: str | None, dtype: torch.dtype |
         own = set(os.listdir(place / part)) if (place / part).is_dir() else set()
         if part in layout.networks:
             there = CONFIG in own and choose(own) is not None
-        elif part == layout.tokenizer:
+        elif part in layout.tokenizers:
             whole = {"vocab.json", "merges.txt"} <= own or bool({"vocab.txt", "tokenizer.json"} & own)
             there = whole and "tokenizer_config.json" in own
         else:

@@ -14,8 +14,9 @@ from typing import Any
 from sfumato.files import read_json
 from sfumato.weights.adapters.names import made_for
 from sfumato.weights.detect import UNET, VAE, identify, places
-from sfumato.weights.folder import ADAPTER, CONFIG, INDEX, TEXTS, UNETS, VAES, choose
+from sfumato.weights.folder import ADAPTER, CONFIG, INDEX, choose
 from sfumato.weights.hub import is_whole, models_folder, stored
+from sfumato.weights.layouts import TEXTS, UNETS, VAES
 from sfumato.weights.report import folder_preset, kind_of
 from sfumato.weights.source import Info, open_weights
 

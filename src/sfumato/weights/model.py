@@ -119,13 +119,13 @@ def complete(
                 f"{base} is {theirs.title}, whose parts do not go with {single.path} ({preset.title}); "
                 "name a base of the same family"
             )
-        supply: dict[str, Any] = {UNET: others.unet, VAE: others.vae, TEXT: others.text_encoder}
+        supply: dict[str, Any] = {UNET: others.denoiser, VAE: others.vae, TEXT: others.text_encoder}
         supply[DEPTH] = others.depth_estimator
         networks |= {part: supply[part] for part in missing}
         if TEXT in missing:
             tokenizer = others.tokenizer
     return Components(
-        unet=cast("parts.UNet", networks[UNET]),
+        denoiser=cast("parts.Denoiser", networks[UNET]),
         vae=cast("parts.VAE", networks[VAE]),
         text_encoder=cast("parts.TextEncoder | None", networks.get(TEXT)),
         tokenizer=tokenizer,

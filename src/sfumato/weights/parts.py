@@ -18,13 +18,11 @@ from sfumato.models.dpt import DPTConfig
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.models.vq import VQConfig, VQModel
 from sfumato.presets import Preset, of_folder
-from sfumato.text.bert import BertTokenizer
-from sfumato.text.tokenizer import ClipTokenizer
+from sfumato.text.towers import TextEncoder, Tokenizer, Towers
 from sfumato.weights.meta import on_meta
 
+Denoiser = UNet
 VAE = AutoencoderKL | VQModel
-TextEncoder = CLIPTextModel | LDMBertModel | ClassEmbedder
-Tokenizer = ClipTokenizer | BertTokenizer
 
 NETWORKS: Mapping[type, Callable[[Any], nn.Module]] = {
     UNetConfig: UNet,
@@ -45,15 +43,18 @@ def network(config: Any) -> nn.Module:
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of a model of the Stable Diffusion 1 and 2 kind, or of its ancestors.
+    """The parts of a model.
 
-    text_encoder, tokenizer: None where the model has no condition; the tokenizer also for class labels.
+    denoiser:                the network that denoises, also under the name that its kind has: `unet`.
+    text_encoder, tokenizer: None where the model has no condition; the tokenizer also for class labels. Stable
+                             Diffusion XL has a second pair; the refiner has that one alone.
     low_res_scheduler:       the noise that an upscaler adds to its small picture; None for other models.
     pipeline:                the class that `model_index.json` names for such a model.
     depth_estimator:         what a depth model makes its depth with; None where it came without, and for others.
+    force_zeros_for_empty_prompt: an empty negative prompt is zeros to the network, see `Towers`.
     """
 
-    unet: UNet
+    denoiser: Denoiser
     vae: VAE
     text_encoder: TextEncoder | None
     tokenizer: Tokenizer | None
@@ -61,19 +62,42 @@ class Components:
     low_res_scheduler: Scheduler | None = None
     pipeline: str = "StableDiffusionPipeline"
     depth_estimator: DepthEstimator | None = None
+    text_encoder_2: TextEncoder | None = None
+    tokenizer_2: Tokenizer | None = None
+    text_encoder_3: TextEncoder | None = None
+    tokenizer_3: Tokenizer | None = None
+    force_zeros_for_empty_prompt: bool = False
+
+    @property
+    def unet(self) -> UNet:
+        """The denoiser where it is a U-Net; AttributeError where it is not."""
+        return as_unet(self.denoiser)
+
+    @property
+    def towers(self) -> Towers:
+        """The text encoders with their tokenizers."""
+        return towers_of(self)
 
 
 class HasComponents(Protocol):
     """Whatever carries the parts as attributes: `Components`, a pipeline, a trainer's state."""
 
     @property
-    def unet(self) -> UNet: ...
+    def denoiser(self) -> Denoiser: ...
     @property
     def vae(self) -> VAE: ...
     @property
     def text_encoder(self) -> TextEncoder | None: ...
     @property
+    def text_encoder_2(self) -> TextEncoder | None: ...
+    @property
+    def text_encoder_3(self) -> TextEncoder | None: ...
+    @property
     def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def tokenizer_2(self) -> Tokenizer | None: ...
+    @property
+    def tokenizer_3(self) -> Tokenizer | None: ...
     @property
     def scheduler(self) -> Scheduler: ...
     @property
@@ -82,15 +106,38 @@ class HasComponents(Protocol):
     def pipeline(self) -> str: ...
     @property
     def depth_estimator(self) -> DepthEstimator | None: ...
+    @property
+    def force_zeros_for_empty_prompt(self) -> bool: ...
+
+
+def collected(parts: HasComponents) -> Components:
+    """The parts of whatever carries them, by themselves."""
+    return Components(**{name: getattr(parts, name) for name in Components.__dataclass_fields__})
+
+
+def as_unet(denoiser: Denoiser) -> UNet:
+    """The denoiser as a U-Net; AttributeError where it is another network."""
+    if not isinstance(denoiser, UNet):
+        raise AttributeError(f"this model denoises with a {type(denoiser).__name__}, not with a U-Net; see `denoiser`")
+    return denoiser
+
+
+def towers_of(parts: HasComponents) -> Towers:
+    """The text encoders of some parts with their tokenizers, in their order."""
+    return Towers(
+        (parts.text_encoder, parts.text_encoder_2, parts.text_encoder_3),
+        (parts.tokenizer, parts.tokenizer_2, parts.tokenizer_3),
+        parts.force_zeros_for_empty_prompt,
+    )
 
 
 def preset_of(parts: HasComponents) -> Preset:
     """The preset of some parts: what kind of model they make, at their own sizes."""
     preset = of_folder(
         parts.pipeline,
-        parts.unet.config,
+        parts.denoiser.config,
         parts.vae.config,
-        None if parts.text_encoder is None else parts.text_encoder.config,
+        tuple(None if encoder is None else encoder.config for encoder in towers_of(parts).encoders),
         parts.scheduler.config,
         parts.scheduler.spacing,
     )

@@ -169,7 +169,7 @@ def folder_preset(path: Path) -> Preset | None:
     if pipeline not in pipelines() or UNET not in configs or VAE not in configs:
         return None
     scheduler = Scheduler.from_pretrained(path)
-    return of_folder(pipeline, configs[UNET], configs[VAE], configs.get(TEXT), scheduler.config, scheduler.spacing)
+    return of_folder(pipeline, configs[UNET], configs[VAE], (configs.get(TEXT),), scheduler.config, scheduler.spacing)
 
 
 def part_report(name: str, spelling: str, infos: Iterable[Info]) -> PartReport:

@@ -33,7 +33,7 @@ from sfumato.models.depth import DepthEstimator, DPTProcessorConfig
 from sfumato.models.dpt import DPTConfig
 from sfumato.models.unet import UNetConfig
 from sfumato.models.vq import VQConfig
-from sfumato.presets import PRESETS, Preset, TextConfig, of_folder
+from sfumato.presets import SINGLE, Preset, TextConfig, of_folder
 from sfumato.text.bert import BertTokenizer
 from sfumato.text.standard import bert_tokenizer, clip_tokenizer
 from sfumato.text.tokenizer import END, ClipTokenizer
@@ -96,7 +96,7 @@ def load_single(
     prediction: str | None = None,
     ema: bool | None = None,
     only: Sequence[str] = PARTS,
-    presets: Sequence[Preset] = PRESETS,
+    presets: Sequence[Preset] = SINGLE,
 ) -> Single:
     """Read a model file: safetensors, a pickled checkpoint or GGUF, told by content.
 
@@ -141,7 +141,7 @@ def save_single(parts: HasComponents, path: Path | str, dtype: torch.dtype | Non
            other programs, and finds released models only.
     """
     preset = preset_of(parts)
-    given = {UNET: parts.unet, VAE: parts.vae, TEXT: parts.text_encoder, DEPTH: depth_of(parts)}
+    given = {UNET: parts.denoiser, VAE: parts.vae, TEXT: parts.text_encoder, DEPTH: depth_of(parts)}
     tensors: dict[str, Callable[[], Tensor]] = {}
     for part, module in given.items():
         if module is None:
@@ -155,7 +155,7 @@ def save_single(parts: HasComponents, path: Path | str, dtype: torch.dtype | Non
     write_tensors(path, LazyTensors(tensors), dtype, metadata)
 
 
-def recognise(weights: Weights, prediction: str | None = None, presets: Sequence[Preset] = PRESETS) -> Found:
+def recognise(weights: Weights, prediction: str | None = None, presets: Sequence[Preset] = SINGLE) -> Found:
     """What a file holds, with the configurations of its own note where it has one.
 
     Raises ValueError when the note cannot be read or does not belong to the weights.
@@ -180,7 +180,7 @@ def describe(parts: HasComponents) -> dict[str, Any]:
     low_res, depth = parts.low_res_scheduler, depth_of(parts)
     return {
         "pipeline": parts.pipeline,
-        "unet": parts.unet.config.to_dict(),
+        "unet": parts.denoiser.config.to_dict(),
         "vae": parts.vae.config.to_dict(),
         "text": None if parts.text_encoder is None else parts.text_encoder.config.to_dict(),
         "scheduler": dict(parts.scheduler.config),
@@ -209,7 +209,7 @@ def noted(raw: Mapping[str, Any]) -> Preset:
     text = None if raw["text"] is None else read_configuration(raw["text"])
     spacing = Scheduler.from_config(raw["scheduler"]).spacing
     unet, vae = read_configuration(raw["unet"]), read_configuration(raw["vae"])
-    preset = of_folder(raw["pipeline"], unet, vae, text, raw["scheduler"], spacing)
+    preset = of_folder(raw["pipeline"], unet, vae, (text,), raw["scheduler"], spacing)
     depth = None if raw.get("depth_estimator") is None else read_configuration(raw["depth_estimator"])
     return replace(preset, low_res_scheduler=raw["low_res_scheduler"], depth=depth)
 
@@ -296,4 +296,4 @@ def unknown(found: Found) -> str:
     if not found.places:
         return "no U-Net, autoencoder or text tower was found in it; is it an adapter (`<lora:FILE:1>` in a prompt)?"
     sizes = "; ".join(f"{part} ({place.dialect.name}) {place.signature}" for part, place in found.places.items())
-    return f"no known model has these parts together: {sizes}; known: {', '.join(p.name for p in PRESETS)}"
+    return f"no known model has these parts together: {sizes}; known: {', '.join(p.name for p in SINGLE)}"

@@ -1,86 +1,17 @@
-"""One frozen `Preset` for each released model: its networks, its schedule, and what it prefers.
-
-A model in one file says nothing of its configuration; the preset that its shapes match supplies it. Variants are
-made with `dataclasses.replace`.
-"""
+"""Stable Diffusion 1.x and 2.x, and latent diffusion before them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from dataclasses import replace
 
 from sfumato.models.autoencoder import AutoencoderConfig
 from sfumato.models.bert import LDMBertConfig
 from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
-from sfumato.models.dpt import DPT_HYBRID, DPTConfig
+from sfumato.models.dpt import DPT_HYBRID
 from sfumato.models.unet import UNetConfig
 from sfumato.models.vq import VQConfig
-
-Task = Literal["text", "inpaint", "depth", "instruct", "upscale", "class", "unconditional"]
-VAEConfig = AutoencoderConfig | VQConfig
-TextConfig = CLIPTextConfig | LDMBertConfig | ClassEmbedderConfig
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A model: what it is built from, and the defaults of a request to it.
-
-    pipeline:     the class that `model_index.json` names for such a folder.
-    task:         what the network is given besides the noisy latent and the text, see `pipelines/start.py`.
-    text:         the text tower's configuration; None for a model without a condition.
-    scheduler:    the entries of `scheduler_config.json`; low_res_scheduler: likewise, of the noise that the
-                  upscaler's picture is given.
-    ema:          whether sampling was published with the averaged weights, where a file holds both kinds.
-    width, height in pixels; spacing None stands for the scheduler's own.
-    """
-
-    name: str
-    title: str
-    pipeline: str
-    task: Task
-    unet: UNetConfig
-    vae: VAEConfig
-    text: TextConfig | None
-    scheduler: Mapping[str, Any]
-    width: int
-    height: int
-    low_res_scheduler: Mapping[str, Any] | None = None
-    depth: DPTConfig | None = None
-    ema: bool = False
-    num_inference_steps: int = 25
-    guidance_scale: float = 7.5
-    sampler: str = "dpmpp_2m"
-    spacing: str | None = None
-
-    def defaults(self) -> dict[str, int | float | str | None]:
-        """The preferences by the names of Request's fields."""
-        return {
-            "width": self.width,
-            "height": self.height,
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-            "sampler": self.sampler,
-            "spacing": self.spacing,
-        }
-
-    @property
-    def prediction(self) -> str:
-        """What the network predicts, by the name that configs use."""
-        return str(self.scheduler.get("prediction_type", "epsilon"))
-
-    def predicting(self, prediction: str) -> Preset:
-        """The same model with another prediction type."""
-        return replace(self, scheduler=frozen(self.scheduler, prediction_type=prediction))
-
-
-def frozen(entries: Mapping[str, Any], **changes: Any) -> Mapping[str, Any]:
-    """A read-only copy of some entries with changes."""
-    return MappingProxyType({**entries, **changes})
-
+from sfumato.presets.base import Preset, frozen
 
 # Stable Diffusion 1.x: https://github.com/CompVis/stable-diffusion, configs/stable-diffusion/v1-inference.yaml,
 # and the model folders that were published with it.
@@ -127,7 +58,7 @@ SD15 = Preset(
     title="Stable Diffusion 1.x",
     pipeline="StableDiffusionPipeline",
     task="text",
-    unet=UNetConfig(sample_size=64, cross_attention_dim=768),
+    denoiser=UNetConfig(sample_size=64, cross_attention_dim=768),
     vae=SD_VAE,
     text=CLIP_L,
     scheduler=SD_SCHEDULE,
@@ -140,7 +71,7 @@ SD15_INPAINT = replace(
     title="Stable Diffusion 1.5 inpainting",
     pipeline="StableDiffusionInpaintPipeline",
     task="inpaint",
-    unet=replace(SD15.unet, in_channels=9),
+    denoiser=replace(SD15.denoiser, in_channels=9),
 )
 PIX2PIX = replace(
     SD15,
@@ -148,7 +79,7 @@ PIX2PIX = replace(
     title="InstructPix2Pix",
     pipeline="StableDiffusionInstructPix2PixPipeline",
     task="instruct",
-    unet=replace(SD15.unet, in_channels=8),
+    denoiser=replace(SD15.denoiser, in_channels=8),
     scheduler=frozen(
         {name: SD_SCHEDULE[name] for name in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")},
         _class_name="EulerAncestralDiscreteScheduler",
@@ -176,7 +107,7 @@ SD21 = Preset(
     title="Stable Diffusion 2.x (768)",
     pipeline="StableDiffusionPipeline",
     task="text",
-    unet=UNetConfig(
+    denoiser=UNetConfig(
         sample_size=96,
         cross_attention_dim=1024,
         attention_head_dim=(5, 10, 20, 20),
@@ -193,7 +124,7 @@ SD21_BASE = replace(
     SD21,
     name="sd21-base",
     title="Stable Diffusion 2.x base (512)",
-    unet=replace(SD21.unet, sample_size=64),
+    denoiser=replace(SD21.denoiser, sample_size=64),
     vae=SD_VAE,
     scheduler=SD_SCHEDULE,
     width=512,
@@ -205,7 +136,7 @@ SD2_INPAINT = replace(
     title="Stable Diffusion 2 inpainting",
     pipeline="StableDiffusionInpaintPipeline",
     task="inpaint",
-    unet=replace(SD21_BASE.unet, in_channels=9),
+    denoiser=replace(SD21_BASE.denoiser, in_channels=9),
 )
 SD2_DEPTH = replace(
     SD21_BASE,
@@ -213,7 +144,7 @@ SD2_DEPTH = replace(
     title="Stable Diffusion 2 depth to image",
     pipeline="StableDiffusionDepth2ImgPipeline",
     task="depth",
-    unet=replace(SD21_BASE.unet, in_channels=5),
+    denoiser=replace(SD21_BASE.denoiser, in_channels=5),
     depth=DPT_HYBRID,
 )
 UPSCALER_SCHEDULE = frozen(V_SCHEDULE, beta_start=0.0001, beta_end=0.02)
@@ -223,7 +154,7 @@ UPSCALER = replace(
     title="Stable Diffusion x4 upscaler",
     pipeline="StableDiffusionUpscalePipeline",
     task="upscale",
-    unet=UNetConfig(
+    denoiser=UNetConfig(
         sample_size=128,
         in_channels=7,
         block_out_channels=(256, 512, 512, 1024),
@@ -273,7 +204,7 @@ LDM_TEXT = Preset(
     title="Latent diffusion, text to image 1.4B",
     pipeline="LDMTextToImagePipeline",
     task="text",
-    unet=UNetConfig(sample_size=32, cross_attention_dim=1280),
+    denoiser=UNetConfig(sample_size=32, cross_attention_dim=1280),
     vae=replace(SD_VAE, sample_size=256),
     text=LDMBertConfig(),
     scheduler=LDM_SCHEDULE,
@@ -289,7 +220,7 @@ LDM_CLASS = Preset(
     title="Latent diffusion, ImageNet classes",
     pipeline="LDMClassToImagePipeline",
     task="class",
-    unet=UNetConfig(
+    denoiser=UNetConfig(
         sample_size=64,
         in_channels=3,
         out_channels=3,
@@ -314,7 +245,7 @@ LDM_FACES = Preset(
     title="Latent diffusion, unconditional",
     pipeline="LDMPipeline",
     task="unconditional",
-    unet=UNetConfig.from_dict(
+    denoiser=UNetConfig.from_dict(
         {
             "_class_name": "UNet2DModel",
             "sample_size": 64,
@@ -343,14 +274,14 @@ MINI = replace(
     SD15,
     name="mini",
     title="the built-in model",
-    unet=replace(SD15.unet, cross_attention_dim=256),
+    denoiser=replace(SD15.denoiser, cross_attention_dim=256),
     width=128,
     height=128,
     num_inference_steps=20,
     guidance_scale=3.5,
 )
 
-PRESETS: tuple[Preset, ...] = (
+CLASSIC: tuple[Preset, ...] = (
     SD15,
     SD15_INPAINT,
     PIX2PIX,
@@ -364,44 +295,3 @@ PRESETS: tuple[Preset, ...] = (
     LDM_FACES,
     MINI,
 )
-BUILT_IN = {"mini": Path(__file__).parent / "assets" / "mini"}
-
-
-def of_folder(
-    pipeline: str,
-    unet: UNetConfig,
-    vae: VAEConfig,
-    text: TextConfig | None,
-    scheduler: Mapping[str, Any],
-    spacing: str,
-) -> Preset:
-    """The preset of a model that comes with its own configurations, sizes read off them.
-
-    pipeline: the class that its `model_index.json` names; spacing: its scheduler's.
-    A model that is none of the released ones gets the preferences of the first with that class.
-    Raises ValueError for a class that no preset has.
-    """
-    family = [p for p in PRESETS if p.pipeline == pipeline]
-    if not family:
-        raise ValueError(f"models of class {pipeline!r} are not supported; known: {', '.join(pipelines())}")
-    prediction = scheduler.get("prediction_type", "epsilon")
-    known = [p for p in family if p.unet.cross_attention_dim == unet.cross_attention_dim]
-    exact = [p for p in known if p.prediction == prediction]
-    chosen = (exact or known or [replace(family[0], name="custom", title="a model of its own")])[0]
-    side = unet.sample_size[0] if isinstance(unet.sample_size, tuple) else unet.sample_size or 64
-    pixels = side * vae.factor
-    return replace(
-        chosen,
-        unet=unet,
-        vae=vae,
-        text=text,
-        scheduler=frozen(scheduler),
-        width=pixels,
-        height=pixels,
-        spacing=spacing,
-    )
-
-
-def pipelines() -> list[str]:
-    """The pipeline classes of all presets."""
-    return sorted({p.pipeline for p in PRESETS})
