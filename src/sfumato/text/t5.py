@@ -42,15 +42,16 @@ class T5Tokenizer:
     def __init__(self, backend: Tokenizer, max_length: int = T5_LENGTH, model: bytes | None = None) -> None:
         if max_length < 2:
             raise ValueError(f"max_length {max_length} leaves no room for a piece; give 2 or more")
-        missing = [token for token in (PAD, END) if backend.token_to_id(token) is None]
-        if missing:
+        pad, end = backend.token_to_id(PAD), backend.token_to_id(END)
+        if pad is None or end is None:
+            missing = [token for token, number in ((PAD, pad), (END, end)) if number is None]
             raise ValueError(
                 f"the vocabulary of {backend.get_vocab_size()} pieces has no {' and no '.join(missing)}; is it T5's?"
             )
         self.backend = backend
         self.max_length = max_length
         self.model = model
-        self.eos_id, self.pad_id = int(backend.token_to_id(END)), int(backend.token_to_id(PAD))
+        self.eos_id, self.pad_id = end, pad
 
     def __len__(self) -> int:
         """Number of ids."""
@@ -81,7 +82,7 @@ class T5Tokenizer:
     def batch_decode(self, rows: Sequence[Sequence[int]] | Tensor) -> list[str]:
         """The text of each row of ids, without end and padding."""
         lists = rows.tolist() if isinstance(rows, Tensor) else [list(row) for row in rows]
-        tokens = [[self.backend.id_to_token(i) for i in row if i not in (self.eos_id, self.pad_id)] for row in lists]
+        tokens = [[self.backend.id_to_token(i) or "" for i in row if i not in (self.eos_id, self.pad_id)] for row in lists]
         return ["".join(row).replace("▁", " ").strip() for row in tokens]
 
     @property
