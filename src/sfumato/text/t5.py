@@ -82,7 +82,9 @@ class T5Tokenizer:
     def batch_decode(self, rows: Sequence[Sequence[int]] | Tensor) -> list[str]:
         """The text of each row of ids, without end and padding."""
         lists = rows.tolist() if isinstance(rows, Tensor) else [list(row) for row in rows]
-        tokens = [[self.backend.id_to_token(i) or "" for i in row if i not in (self.eos_id, self.pad_id)] for row in lists]
+        tokens = [
+            [self.backend.id_to_token(i) or "" for i in row if i not in (self.eos_id, self.pad_id)] for row in lists
+        ]
         return ["".join(row).replace("▁", " ").strip() for row in tokens]
 
     @property
