@@ -190,7 +190,7 @@ def restore_latent(
     It starts from the latent of the first guess under as much noise as hides the guess's errors.
     Raises ValueError for models that need more than a text.
     """
-    weight = next(pipe.denoiser.parameters())
+    weight = pipe.denoiser  # its device and dtype
     seen = seen.to(weight.device)
     told = _told(pipe, [prompt, ""] if guidance_scale != 1 else [prompt])
     inner: Guidance = Plain(told[0]) if len(told) == 1 else CFG(told[0], told[1], guidance_scale)

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -103,6 +104,28 @@ def page_out(tensor: Tensor) -> None:
     Pages of a mapped file go at once, all others stay or are swapped. Does nothing where the system cannot.
     """
     _advise(tensor, PAGE_OUT)
+
+
+class FileRanges:
+    """Where files are mapped privately in this process, as of now: `tensor in ranges` says whether it is a view of one.
+
+    Empty where the system does not say, as on others than Linux.
+    """
+
+    def __init__(self) -> None:
+        maps = Path("/proc/self/maps")
+        rows = [line.split(None, 5) for line in maps.read_text().splitlines()] if maps.exists() else []
+        mapped = [row[0].split("-") for row in rows if len(row) == 6 and row[5][0] == "/" and row[1][3] == "p"]
+        spans = sorted((int(begin, 16), int(end, 16)) for begin, end in mapped)
+        self._begins = [begin for begin, _ in spans]
+        self._ends = [end for _, end in spans]
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        if tensor.device.type != "cpu" or not tensor.numel():
+            return False
+        begin = tensor.data_ptr()
+        i = bisect_right(self._begins, begin) - 1
+        return i >= 0 and begin + tensor.numel() * tensor.element_size() <= self._ends[i]
 
 
 def _advise(tensor: Tensor, advice: int) -> None:

@@ -8,6 +8,7 @@ costs what they take in their new dtype and one tensor more.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from sfumato.files import replacing
 from sfumato.weights.keymap import listed
-from sfumato.weights.mapped import page_out
+from sfumato.weights.mapped import FileRanges, page_out
 from sfumato.weights.meta import Module, on_meta
+from sfumato.weights.packed import Packed
 from sfumato.weights.source import Info, Weights, open_weights
 
 
@@ -72,10 +74,16 @@ def load_module(
 
 
 def fill(
-    module: nn.Module, tensors: Mapping[str, Tensor], source: str = "the given tensors", check: bool = True
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str = "the given tensors",
+    check: bool = True,
+    packed: bool = False,
 ) -> None:
     """Replace the parameters and buffers of `module` by `tensors` of the same names and shapes.
 
+    packed: what is not a view of a file is not kept, but fetched from `tensors` again whenever it is needed
+            (`Packed`); for modules whose weights come and go.
     check: look for NaN and infinite numbers, which reads everything once. Whoever opens a model leaves it out for
            mapped weights, which would have to be read for that alone, and looks at what the networks say instead
            (`blame`).
@@ -84,6 +92,8 @@ def fill(
     """
     if isinstance(tensors, Weights):
         _compare(module, tensors.infos, source)
+    if packed:
+        tensors = _packed(tensors, source)
     tensors = dict(tensors)  # each is read, and perhaps converted, once
     _compare(module, {name: Info(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}, source)
     _assign(module, tensors, source, check)
@@ -160,8 +170,19 @@ def _assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str, check
         check_finite(tensors, source)
     module.load_state_dict(tensors, assign=True)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_meta:
+        if tensor.is_meta and not isinstance(tensor, Packed):
             raise ValueError(f"{type(module).__name__}: {name} is kept in no file, so it cannot be loaded")
+
+
+def _packed(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    files, found = FileRanges(), {}
+    for name in tensors:
+        tensor = tensors[name]
+        if tensor not in files:
+            check_finite({name: tensor}, source)
+            tensor = Packed.of(Info(tuple(tensor.shape), tensor.dtype), partial(tensors.__getitem__, name))
+        found[name] = tensor
+    return found
 
 
 def _placed(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:

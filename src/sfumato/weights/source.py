@@ -2,7 +2,7 @@
 
 | kind | what it is | its tensors are |
 |---|---|---|
-| safetensors | a safetensors file | views of the mapped file |
+| safetensors | a safetensors file | views of the mapped file; float32 where 8 bits have a scale (`scaled`) |
 | pickle | what `torch.save` writes, in a zip archive or in the older form | views; copies from the older form |
 | gguf | a GGUF file | views where it is not quantised, else dequantised one by one to float32 |
 | sharded | the JSON index of several such files | as in those |
@@ -21,6 +21,7 @@ from torch import Tensor
 from sfumato.weights.gguf import Quantised, read_gguf
 from sfumato.weights.mapped import HEADER_LIMIT, Info, Mapped, Place, parse_json, read_header, release
 from sfumato.weights.pickles import LEGACY, Pickled, read_legacy, read_zip, refuse_pickle
+from sfumato.weights.scaled import notes_of, scales_of, unscaled
 
 __all__ = ["Info", "Weights", "open_weights"]
 
@@ -165,11 +166,22 @@ def _single(path: Path, kind: str) -> Table:
 
 def _placed(path: Path, places: Mapping[str, Place], metadata: Mapping[str, str]) -> Table:
     file = Mapped(path)
+    stored = {name: place.info for name, place in places.items()}
+    scales = scales_of(stored)
+    hidden = notes_of(stored, scales)
+    infos = {name: Info(i.shape, torch.float32) if name in scales else i for name, i in stored.items()}
+
+    def read(name: str) -> Tensor:
+        tensor = file.tensor(places[name])
+        if name not in scales:
+            return tensor
+        return unscaled(tensor, file.tensor(places[scales[name]]), places[name].aligned)
+
     return Table(
-        infos={name: place.info for name, place in places.items()},
+        infos={name: info for name, info in infos.items() if name not in hidden},
         metadata=metadata,
-        read=lambda name: file.tensor(places[name]),
-        mapped=lambda name: places[name].aligned,
+        read=read,
+        mapped=lambda name: places[name].aligned and name not in scales,
         again=lambda: _placed(path, places, metadata),
     )
 

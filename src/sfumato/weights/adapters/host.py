@@ -16,6 +16,7 @@ from sfumato.weights.adapters.deltas import FAMILIES, Change, LowRank, wide
 from sfumato.weights.adapters.names import TEXT, UNET, ModuleNames, made_for
 from sfumato.weights.adapters.read import Adapter
 from sfumato.weights.keymap import listed
+from sfumato.weights.streaming import Home, home_of
 
 Term = Callable[[nn.Module, Tensor], Tensor]
 
@@ -58,7 +59,8 @@ class AdapterHost:
     rounded once; the originals are kept by reference, which costs nothing while they are mapped from a file.
     Live, the weights stay as they are and each module's output gets the difference's share added: low-rank ones
     as two thin products, the others from the difference itself. Norms and biases, a few numbers each, are replaced
-    in either case. Differences of several adapters are each taken from the untouched weights and added up.
+    in either case. Where weights come and go (`streaming.Residence`), they are merged whenever they come.
+    Differences of several adapters are each taken from the untouched weights and added up.
     """
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module | None = None) -> None:
@@ -66,6 +68,7 @@ class AdapterHost:
         self._names: ModuleNames | None = None
         self._swaps: list[Swap] = []
         self._hooks: list[RemovableHandle] = []
+        self._homes: list[Home] = []
         self._wanted: tuple[tuple[Adapter, float], ...] = ()
         self._live = False
 
@@ -172,32 +175,29 @@ class AdapterHost:
         return tower.get_submodule(place[1])
 
     def _apply(self, target: Target, live: bool) -> None:
-        module, changes = target.module, target.changes
+        module, changes, home = target.module, target.changes, home_of(target.module)
         weights = [(c, s) for c, s in changes if c.delta is not None or c.magnitude is not None]
         biases = [(c.bias, s) for c, s in changes if c.bias is not None]
         if weights and live and isinstance(module, nn.Linear | nn.Conv2d):
             terms = [_term(module, change, strength) for change, strength in weights]
             self._hooks.append(module.register_forward_hook(partial(_add_terms, terms)))
+        elif weights and home is not None:
+            self._homes.append(home)
+            home.dress("weight", partial(_merged, weights))
         elif weights:
             base = module._parameters["weight"]
             assert base is not None
-            total, *others = (change.difference(base, strength) for change, strength in weights)
-            for other in others:
-                total.add_(other)
-            self._swap(module, "weight", base, total)
+            self._swap(module, "weight", base, _merged(weights, base))
         if biases:
             old = module._parameters.get("bias")
             like = module.weight if old is None else old
             assert isinstance(like, Tensor)
             total = torch.stack([s * wide(b, like).flatten() for b, s in biases]).sum(0)
-            self._swap(module, "bias", old, total if old is not None else total.to(like.dtype))
+            dtype = like.dtype if home is None else home.target.dtype
+            self._swap(module, "bias", old, total.to(dtype) if old is None else _sum(total, old))
 
     def _swap(self, module: nn.Module, name: str, old: nn.Parameter | None, new: Tensor) -> None:
-        """Put old + new in the place of `old`, in its dtype and memory layout; `new` itself where there is no old."""
-        if old is not None:
-            new.add_(old)
-            if (new.dtype, new.stride()) != (old.dtype, old.stride()):
-                new = torch.empty_like(old).copy_(new)
+        """Put `new` in the place of `old`."""
         placed = nn.Parameter(new, requires_grad=old is not None and old.requires_grad)
         self._swaps.append(Swap(module, name, old, placed))
         module._parameters[name] = placed
@@ -205,9 +205,25 @@ class AdapterHost:
     def _undo(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        for home in self._homes:
+            home.undress()
         for swap in reversed(self._swaps):
             swap.undo()
-        self._hooks, self._swaps, self._wanted = [], [], ()
+        self._hooks, self._homes, self._swaps, self._wanted = [], [], [], ()
+
+
+def _merged(changes: Sequence[tuple[Change, float]], base: Tensor) -> Tensor:
+    """A weight with what the changes add to it, in its dtype and memory layout."""
+    total, *others = (change.difference(base, strength) for change, strength in changes)
+    for other in others:
+        total.add_(other)
+    return _sum(total, base)
+
+
+def _sum(new: Tensor, old: Tensor) -> Tensor:
+    """old + new in the dtype and memory layout of `old`; overwrites `new`."""
+    new.add_(old)
+    return new if (new.dtype, new.stride()) == (old.dtype, old.stride()) else torch.empty_like(old).copy_(new)
 
 
 def _add_terms(terms: Sequence[Term], module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from sfumato.text.tokenizer import ClipTokenizer
 from sfumato.weights.adapters.deltas import FAMILIES
 from sfumato.weights.keymap import listed
 from sfumato.weights.source import Weights, open_weights
+from sfumato.weights.streaming import home_of
 
 PICKLED = "string_to_param."
 PLAIN = "emb_params"
@@ -84,7 +86,10 @@ class EmbeddingHost:
         """
         if tuple(map(id, wanted)) == tuple(map(id, self._wanted)):
             return self.tokenizer
+        home = home_of(self._layer)
         if not self._wanted:
+            if home is not None:
+                home.leave()  # what is stored is the original
             self._table = _table(self._layer)
         rows, width = self._table.shape
         room = self._original.max_length - 2
@@ -104,7 +109,14 @@ class EmbeddingHost:
             expansions[embedding.name] = range(rows, rows + count)
             rows += count
         tokenizer = self._original.expanded(expansions) if wanted else self._original
-        self._put(torch.cat([self._table, *(e.vectors.to(self._table) for e in wanted)]) if wanted else None)
+        added = [embedding.vectors for embedding in wanted]
+        if home is None:
+            self._put(_lengthened(added, self._table) if wanted else None)
+        else:
+            home.undress()
+            if wanted:
+                home.dress("weight", partial(_lengthened, added))
+            self._layer.num_embeddings = rows
         self.tokenizer, self._wanted = tokenizer, tuple(wanted)
         return tokenizer
 
@@ -118,6 +130,11 @@ class EmbeddingHost:
             table = nn.Parameter(longer.to(now.device, now.dtype), requires_grad=self._table.requires_grad)
         self._layer.weight = table
         self._layer.num_embeddings = table.shape[0]
+
+
+def _lengthened(added: Sequence[Tensor], table: Tensor) -> Tensor:
+    """A table with further rows."""
+    return torch.cat([table, *(vectors.to(table) for vectors in added)])
 
 
 def _table(layer: nn.Embedding) -> nn.Parameter:
