@@ -93,6 +93,15 @@ def test_named_facade_equals_driver_with_its_plan() -> None:
         assert apart < 2e-5 if straight else apart == 0
 
 
+def test_where_sampling_ends() -> None:
+    """With set_alpha_to_one false, as Stable Diffusion's folders have it: DDIM and PLMS stop at the first row of the
+    table, and what takes only a grid's ends; samplers that no class stands for go on to the data."""
+    options = {"set_alpha_to_one": False}
+    for scheduler in (DDIMScheduler(**options), PNDMScheduler(skip_prk_steps=True, **options)):
+        stop = {name for name in SAMPLERS if scheduler.grid(10, None, name)[-1].sigma > 0}
+        assert stop == {"ddim", "plms", "tcd", "deis", "dpm_fast", "dpm_adaptive"}
+
+
 @pytest.mark.parametrize("name", LISTED)
 def test_step_honours_the_sample_it_is_handed(name: str) -> None:
     """Pasting known pixels over the sample between steps changes what follows, as in a driver's callback."""

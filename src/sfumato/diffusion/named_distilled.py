@@ -42,6 +42,7 @@ class DistilledScheduler(TableScheduler):
 
     integer_times: ClassVar[bool] = True
     time_spacings: ClassVar[Sequence[str]] = ()
+    own_times: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.allow("prediction_type", "epsilon", "sample", "v_prediction")

@@ -20,7 +20,7 @@ from .grid import (
     linspace_indices,
     trailing_indices,
 )
-from .path import SMALLEST_ALPHA_BAR, Point, VPPath, betas
+from .path import END, SMALLEST_ALPHA_BAR, Point, VPPath, betas
 from .samplers import get_sampler
 from .scheduler import Plan, Scheduler
 
@@ -44,6 +44,9 @@ class TableScheduler(Scheduler):
 
     time_spacings: ClassVar[Sequence[str]] = TIME_SPACINGS
     """The spacings that the option timestep_spacing takes."""
+
+    own_times: ClassVar[bool] = False
+    """The network knows few times, so a configuration's timestep_spacing does not count."""
 
     stands_for: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Names of the samplers that this class stands for, each with the options that select it."""
@@ -84,7 +87,9 @@ class TableScheduler(Scheduler):
         """How to sample with any registered sampler and spacing; None takes this scheduler's own.
 
         A sampler that a named scheduler stands for gets what that one makes of these options, as if the
-        configuration had been loaded into it. ValueError for unknown names.
+        configuration had been loaded into it: lcm and tcd take their own timesteps unless `spacing` is another than
+        the configuration's. One that nothing here stands for ends in the data, as in k-diffusion, unless of a grid it
+        takes the ends only. ValueError for unknown names.
         """
         name = self.entry.name if sampler is None else get_sampler(sampler).name
         facade: TableScheduler = self
@@ -95,6 +100,7 @@ class TableScheduler(Scheduler):
             if not zero_snr or ZERO_SNR in maker.option_names():  # else the table of betas would be another
                 facade = maker.from_config(self.config, **maker.stands_for[name])
         names, points = facade.option_names(), list[Point]()
+        spacing = None if facade.own_times and spacing == self.spacing else spacing
         if spacing in facade.time_spacings:
             facade = type(facade).from_config(facade.config, timestep_spacing=spacing)
         elif spacing in ("karras", "exponential") and f"use_{spacing}_sigmas" in names:
@@ -105,7 +111,8 @@ class TableScheduler(Scheduler):
             points = get_spacing(spacing)(facade.path, steps, facade.steps_offset, None)
         plan = facade.own_plan(steps, points)
         if name != facade.entry.name:
-            plan = Plan(get_sampler(name).run, plan.grid, plan.init_scale)
+            entry = get_sampler(name)
+            plan = Plan(entry.run, plan.grid if entry.ends else [*plan.grid[:-1], END], plan.init_scale)
         return replace(plan, sampler=partial(plan.sampler, **options)) if options else plan
 
     def whole_indices(self, steps: int) -> list[float]:

@@ -50,6 +50,7 @@ class Entry:
     run:        the function: takes x, grid, noise and its own options as keywords; bind them with
                 functools.partial.
     adaptive:   it finds its own points while it runs, so nobody can list or count them before.
+    ends:       of a grid it takes the ends, and lays its own points in between.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Entry:
     stochastic: bool
     run: Callable[..., Steps]
     adaptive: bool = False
+    ends: bool = False
 
     def __call__(self, x: Tensor, grid: Sequence[Point], noise: Noise, /) -> Steps:
         """Start the coroutine with default options."""
@@ -67,12 +69,12 @@ SAMPLERS: dict[str, Entry] = {}
 
 
 def sampler(
-    name: str, order: int, stochastic: bool = False, adaptive: bool = False
+    name: str, order: int, stochastic: bool = False, adaptive: bool = False, ends: bool = False
 ) -> Callable[[Callable[..., Steps]], Callable[..., Steps]]:
     """Register a coroutine function under a name."""
 
     def register(run: Callable[..., Steps]) -> Callable[..., Steps]:
-        SAMPLERS[name] = Entry(name, order, stochastic, run, adaptive)
+        SAMPLERS[name] = Entry(name, order, stochastic, run, adaptive, ends)
         return run
 
     return register

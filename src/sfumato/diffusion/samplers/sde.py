@@ -224,9 +224,11 @@ def er_sde(
 def restart(
     x: Tensor, grid: Sequence[Point], noise: Noise, low: float = 0.1, high: float = 2.0, times: int = 1
 ) -> Steps:
-    """Restart sampling (Xu et al. 2023, algorithm 1): Heun's method that goes back to more noise and comes again.
+    """Restart sampling (Xu et al. 2023, algorithm 1): Heun's method that does a part again, on top of the steps.
 
-    From the grid's point with sigma / alpha nearest to `low` up to the one nearest to `high`, `times` times.
+    Once at the grid's point with sigma / alpha nearest to `low`, it goes back to the one nearest to `high` and comes
+    again over the points in between, `times` times, for two evaluations a step. 0.1 and 2 are what the authors take
+    for Stable Diffusion at guidance 5 and 8, there twice and over 10 points of their own.
     """
     line = Straight(grid)
     inside = [i for i, p in enumerate(grid) if p.alpha > 0 and p.sigma > 0]

@@ -47,7 +47,7 @@ def finite(grid: Sequence[Point]) -> tuple[int, int]:
     return (inside[0], inside[-1]) if inside else (0, 0)
 
 
-@sampler("dpm_fast", order=2)
+@sampler("dpm_fast", order=2, ends=True)
 def dpm_fast(x: Tensor, grid: Sequence[Point], noise: Noise) -> Steps:
     """DPM-Solver-fast (Lu et al. 2022, section 3.4): n evaluations in even steps of log-SNR, three in most of them.
 
@@ -71,7 +71,7 @@ def dpm_fast(x: Tensor, grid: Sequence[Point], noise: Noise) -> Steps:
     return x
 
 
-@sampler("dpm_adaptive", order=3, adaptive=True)
+@sampler("dpm_adaptive", order=3, adaptive=True, ends=True)
 def dpm_adaptive(
     x: Tensor, grid: Sequence[Point], noise: Noise, rtol: float = 0.05, atol: float = 0.0078, h_init: float = 0.05
 ) -> Steps:
