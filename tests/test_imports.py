@@ -18,10 +18,16 @@ ALLOWED: dict[str, set[str]] = {
     "diffusion": LEAVES,
     "models": LEAVES,
     "text": LEAVES | {"models"},
-    "runtime": set(),
+    "allocator": set(),
+    "machine": set(),
+    "kernels": set(),
+    "runtime": {"allocator", "machine"},
+    "prepare": LEAVES | {"kernels", "models", "runtime"},
     "presets": LEAVES | {"models"},
     "weights": LEAVES | {"diffusion", "models", "presets", "text"},
-    "pipelines": LEAVES | {"diffusion", "models", "text", "weights", "images", "presets", "runtime", "sfumato"},
+    "pipelines": LEAVES
+    | {"diffusion", "models", "text", "weights", "images", "presets", "runtime", "sfumato"}
+    | {"allocator", "prepare"},
     "images": {"files", "pipelines", "recipes"},
     "recipes": LEAVES | {"diffusion", "pipelines", "sfumato"},
     "previews": {"images", "models"},
