@@ -5,8 +5,10 @@ B pictures in a call, C latent channels, h w latent height and width, H W pictur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -89,10 +91,7 @@ class Call:
             if name in REFUSED and value is not None:
                 raise ValueError(f"{door}: {name} is not supported; leave it out")
         call = cls(**{name: value for name, value in arguments.items() if name in known})
-        if isinstance(call.generator, torch.Generator | None):
-            pass
-        elif not call.generator:
-            raise ValueError("generator is an empty list; give one generator, or as many as pictures")
+        call._check_kinds()
         call.callback_on_step_end_tensor_inputs = getattr(
             call.callback_on_step_end, "tensor_inputs", call.callback_on_step_end_tensor_inputs
         )
@@ -112,6 +111,29 @@ class Call:
         check_form(call.output_type or "pil")
         return call
 
+    def _check_kinds(self) -> None:
+        """ValueError for arguments of another kind or range than they have anywhere."""
+        for name in ("prompt", "negative_prompt"):
+            texts = getattr(self, name)
+            if texts is not None and not all_are([texts] if isinstance(texts, str) else texts, str):
+                raise ValueError(f"{name} = {texts!r}; give a text, or a list of texts")
+        each = self.num_images_per_prompt
+        if each is not None and (not isinstance(each, Integral) or each < 1):
+            raise ValueError(f"num_images_per_prompt = {each!r}; give 1 or more")
+        for name, least, most in (("guidance_scale", -math.inf, 1000), ("guidance_rescale", 0, 1), ("eta", 0, 1)):
+            number = getattr(self, name)
+            if not isinstance(number, Real) or not least <= float(number) <= most:
+                numbers = f"a number up to {most}" if least < 0 else f"{least} to {most}"
+                raise ValueError(f"{name} = {number!r}; give {numbers}")
+        for name in ("callback_on_step_end", "callback"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise ValueError(f"{name} = {getattr(self, name)!r}; give a function")
+        if not isinstance(self.generator, torch.Generator | None):
+            if not all_are(self.generator, torch.Generator):
+                raise ValueError(f"generator = {self.generator!r}; give a torch.Generator, or a list of them")
+            if not self.generator:
+                raise ValueError("generator is an empty list; give one generator, or as many as pictures")
+
     @property
     def many(self) -> int:
         """B."""
@@ -129,3 +151,8 @@ class Call:
         if len(self.generator) != self.many:
             raise ValueError(f"{len(self.generator)} generators for {self.many} pictures; give one, or as many")
         return self.generator
+
+
+def all_are(given: Any, kind: type) -> bool:
+    """Whether something is a list of this kind."""
+    return isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(one, kind) for one in given)

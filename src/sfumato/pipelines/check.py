@@ -15,7 +15,7 @@ from sfumato.models.bert import LDMBertConfig
 from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
 from sfumato.pipelines.fields import MAX_SIDE, stand_in
-from sfumato.pipelines.inputs import open_picture
+from sfumato.pipelines.inputs import check_same_size, open_picture
 from sfumato.pipelines.request import Request
 from sfumato.presets import Preset, Task
 
@@ -162,11 +162,7 @@ def size(request: Request, preset: Preset) -> dict[str, int]:
         return {}
     image = pictures["image"]
     mask = pictures.get("mask", image)
-    if mask.size != image.size:
-        raise ValueError(
-            f"the mask has {mask.width}x{mask.height} pixels and the image {image.width}x{image.height}; "
-            "give a mask of the image's size"
-        )
+    check_same_size(mask, image)
     if request.only_masked:
         return {}
     factor = preset.vae.factor

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +31,7 @@ from sfumato.pipelines.check import check
 from sfumato.pipelines.door import Door
 from sfumato.pipelines.masks import Frame, cut_out
 from sfumato.pipelines.opening import found
-from sfumato.pipelines.processor import ImageProcessor
+from sfumato.pipelines.processor import ImageProcessor, check_whole
 from sfumato.pipelines.request import Request, parse
 from sfumato.pipelines.start import STARTS
 from sfumato.pipelines.together import CastNoise, Together, Watcher, Weights, Words, guided
@@ -235,18 +236,22 @@ class StableDiffusionInpaintPipeline(Maker):
 
     def _frame(self, call: Call, image: Any, mask: Any, size: tuple[int, int], padding: int) -> Frame:
         """The part of a picture that is worked at; ValueError where there is none."""
-        if padding < 0:
+        if not isinstance(padding, Integral) or padding < 0:
             raise ValueError(f"padding_mask_crop = {padding}; give 0 or more pixels")
         if not isinstance(image, Image.Image) or not isinstance(mask, Image.Image):
             kinds = f"{type(image).__name__} and {type(mask).__name__}"
             raise ValueError(f"padding_mask_crop with image and mask_image of {kinds}; give one PIL picture each")
         if call.output_type == "latent":
             raise ValueError("padding_mask_crop with output_type = 'latent'; give 'pil', 'np' or 'pt'")
+        check_whole(image, "image")
+        check_whole(mask, "mask_image")
         return cut_out(image, mask, size, padding)
 
     def _kept(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Latents of a masked picture; ValueError for another size."""
         wanted = self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+        if not isinstance(latents, Tensor):
+            raise ValueError(f"masked_image_latents are {type(latents).__name__}; give a tensor")
         if tuple(latents.shape[1:]) != wanted:
             needs = ", ".join(map(str, wanted))
             raise ValueError(f"masked_image_latents of shape {tuple(latents.shape)}; this call needs (n, {needs})")

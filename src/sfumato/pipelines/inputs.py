@@ -60,6 +60,15 @@ def check_extent(image: Image.Image, name: str) -> None:
         )
 
 
+def check_same_size(mask: Image.Image, image: Image.Image) -> None:
+    """ValueError for a mask of another size than its image."""
+    if mask.size != image.size:
+        raise ValueError(
+            f"the mask has {mask.width}x{mask.height} pixels and the image {image.width}x{image.height}; "
+            "give a mask of the image's size"
+        )
+
+
 def picture(image: Image.Image | Tensor, width: int, height: int) -> Tensor:
     """An RGB picture at a size, (1, 3, H, W) in [-1, 1]."""
     if isinstance(image, Tensor):

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from sfumato.images import to_pil, to_tensor
-from sfumato.pipelines.inputs import resized
+from sfumato.pipelines.inputs import check_same_size, resized
 from sfumato.pipelines.request import Request
 
 FADE = 0.2  # strength of a soft mask from which on the new picture stands alone
@@ -91,11 +91,7 @@ def cut_out(image: Image.Image, mask: Image.Image, size: tuple[int, int], paddin
 
     This is what diffusers' `padding_mask_crop` does. Raises ValueError for a mask of another size, or all black.
     """
-    if mask.size != image.size:
-        raise ValueError(
-            f"the mask has {mask.width}x{mask.height} pixels and the image {image.width}x{image.height}; "
-            "give a mask of the image's size"
-        )
+    check_same_size(mask, image)
     where = mask.convert("L")
     lit = where.getbbox()
     if lit is None:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.images import to_pil
+from sfumato.pipelines.inputs import check_extent
 
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
 FORMS = ("pil", "np", "pt", "latent")
@@ -50,6 +51,8 @@ class ImageProcessor:
         if not given:
             raise ValueError("image is an empty list; give one picture or more")
         if all(isinstance(one, Image.Image) for one in given):
+            for one in given:
+                check_whole(one, "mask_image" if self.mask else "image")
             x = self._from_pil(given, height, width)
         elif all(isinstance(one, np.ndarray) for one in given):
             x = self._resized(torch.cat([self._from_array(one) for one in given]), height, width)
@@ -154,6 +157,15 @@ class ImageProcessor:
 
     def _resized(self, x: Tensor, height: int | None, width: int | None) -> Tensor:
         return F.interpolate(x, size=self._size(height or x.shape[2], width or x.shape[3]))
+
+
+def check_whole(image: Image.Image, name: str) -> None:
+    """ValueError for a picture that is damaged, empty, or too large."""
+    check_extent(image, name)
+    try:
+        image.load()
+    except (OSError, SyntaxError) as error:  # the latter is PIL's word for a broken PNG
+        raise ValueError(f"{name}: {getattr(image, 'filename', '') or 'the picture'} cannot be read: {error}") from None
 
 
 def check_form(output_type: str) -> None:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ START = "<|startoftext|>"
 END = "<|endoftext|>"
 WORD_END = "</w>"
 CLIP_LENGTH = 77
+QUOTED = 200  # letters of what was cut off, in the warning
 # The contractions, then a run of letters, one digit, or a run of anything else that is not blank.
 PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -149,7 +151,7 @@ class ClipTokenizer:
         tokens = self.tokenize(texts)
         for text, cut in zip(texts, tokens.cut, strict=True):
             if cut:
-                log.warning("the prompt is longer than %d tokens; cut off: %r", self.max_length, cut)
+                log.warning("the prompt is longer than %d tokens; cut off: %r", self.max_length, shorten(cut, QUOTED))
                 log.debug("the whole prompt was %r", text)
         return tokens.ids
 
