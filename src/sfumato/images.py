@@ -13,6 +13,7 @@ from PIL import Image
 from sfumato.files import creating, replacing
 from sfumato.pipelines.request import Request
 from sfumato.recipes import embed, recipe
+from sfumato.recipes.restored import Restored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +60,7 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4
 def save(
     image: Image.Image,
     path: Path | str,
-    request: Request | None = None,
+    request: Request | Restored | None = None,
     made_with: Mapping[str, Any] | None = None,
     overwrite: bool = True,
 ) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from sfumato.pipelines.request import Request
+    from sfumato.recipes.restored import Restored
 
 FOLDER = Path("outputs")
 
@@ -48,7 +49,7 @@ class Places:
                 )
         check_folder(self.folder)
 
-    def picture(self, index: int, image: Image, request: Request, made_with: Mapping[str, Any]) -> Path:
+    def picture(self, index: int, image: Image, request: Request | Restored, made_with: Mapping[str, Any]) -> Path:
         """Write picture number `index`; returns its path."""
         from sfumato.images import next_path
 
@@ -61,7 +62,7 @@ class Places:
         self.first = self.first or path
         return path
 
-    def sheet(self, image: Image, request: Request, made_with: Mapping[str, Any]) -> Path:
+    def sheet(self, image: Image, request: Request | Restored, made_with: Mapping[str, Any]) -> Path:
         """Write the sheet of all pictures; returns its path."""
         if self.file is not None:
             return self._free(self.file, image, request, made_with)
@@ -72,7 +73,7 @@ class Places:
         assert self.file is not None
         return self.file.with_name(f"{self.file.stem}-{index}{self.file.suffix}")
 
-    def _free(self, wanted: Path, image: Image, request: Request, made_with: Mapping[str, Any]) -> Path:
+    def _free(self, wanted: Path, image: Image, request: Request | Restored, made_with: Mapping[str, Any]) -> Path:
         """Write where wanted; beside it, should somebody have taken the name meanwhile."""
         path, number = wanted, 0
         while not self._write(image, path, request, made_with):
@@ -80,7 +81,7 @@ class Places:
             path = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
         return path
 
-    def _write(self, image: Image, path: Path, request: Request, made_with: Mapping[str, Any]) -> bool:
+    def _write(self, image: Image, path: Path, request: Request | Restored, made_with: Mapping[str, Any]) -> bool:
         from sfumato.images import save
 
         try:

@@ -41,13 +41,28 @@ def replay(
 
     To change something, use `sfumato txt2img --recipe PICTURE` with other flags.
     """
+    from sfumato.cli.restore import restored_again
+    from sfumato.cli.watch import emit
     from sfumato.recipes.recipe import read
+    from sfumato.recipes.restored import is_restored
 
     found = read(picture)
     then = found.made_with
+    if is_restored(found.fields):
+        if device is not None or precision is not None or batch is not None:
+            raise ValueError(
+                f"{picture} was restored, which is done as it was then; leave out device, precision, batch"
+            )
+        path, now = restored_again(found.fields, picture, out, model, threads or then.get("threads"), quiet or as_json)
+        if as_json:
+            emit("picture", picture=0, path=str(path))
+        else:
+            print(path, flush=True)
+        tell_sameness(picture, path, then, now, quiet, as_json)
+        return
     from sfumato.cli.places import Places
     from sfumato.cli.txt2img import MadeWith, as_then, count, opened, tell, write
-    from sfumato.cli.watch import Watch, emit
+    from sfumato.cli.watch import Watch
 
     tell(found.notes, quiet or as_json)
     fields = {**found.fields, **beside(found.fields, picture.parent)}
@@ -62,8 +77,17 @@ def replay(
     singles = pipe.resolve(request)
     with Watch(pipe, singles, quiet, as_json) as watch:
         paths = write(pipe, request, singles, places, watch)
-    differences = differing(then, MadeWith(pipe).get())
-    same, words = compare(picture, paths[-1])
+    tell_sameness(picture, paths[-1], then, MadeWith(pipe).get(), quiet, as_json)
+
+
+def tell_sameness(
+    old: Path, new: Path, then: Mapping[str, Any], now: Mapping[str, Any], quiet: bool, as_json: bool
+) -> None:
+    """Say whether two pictures are the same, and if not, what differs in how they were made."""
+    from sfumato.cli.watch import emit
+
+    differences = differing(then, now)
+    same, words = compare(old, new)
     if as_json:
         emit("compared", same=same, result=words, differences=differences)
     elif not quiet:
@@ -101,7 +125,10 @@ def recipe(
 def shown(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that say something: neither empty nor what they are when nothing is said."""
     from sfumato.pipelines.request import Request
+    from sfumato.recipes.restored import is_restored
 
+    if is_restored(fields):
+        return dict(fields)
     rows = {}
     for name, value in fields.items():
         default = Request.model_fields[name].default if name in Request.model_fields else None

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from sfumato.cli.places import Places
+    from sfumato.recipes.restored import Restored
 
 
 def restore(
@@ -36,30 +42,75 @@ def restore(
     ),
 ) -> None:
     """Restore a picture: noise, missing pixels, blur, low resolution."""
-    from sfumato import images
-    from sfumato.pipelines.restore import restore as repair
+    from sfumato.cli.places import Places
+    from sfumato.recipes.restored import Restored
 
-    images.check_suffix(out)
-    if out.exists():
+    if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} exists and is not overwritten; name another file with -o")
-    pipe = None
-    if model is not None or prompt:
+    places = Places(str(out), 1)
+    asked = Restored(
+        str(picture),
+        degradation,
+        noise,
+        str(mask) if mask is not None else None,
+        blur,
+        scale,
+        prompt,
+        model or ("mini" if prompt else ""),
+        guidance_scale,
+        steps,
+        seed,
+    )
+    print(made(asked, places)[0], flush=True)
+
+
+def made(asked: Restored, places: Places, quiet: bool = False) -> tuple[Path, dict[str, Any]]:
+    """Restore as asked and write the picture with its recipe; returns its path and what else decided the pixels.
+
+    The recipe has what was found of the damage in the place of what was left open.
+    """
+    import torch
+
+    from sfumato import __version__
+    from sfumato.pipelines.restore import WEIGHTS
+    from sfumato.pipelines.restore import restore as repair
+    from sfumato.recipes.identity import fingerprint
+
+    if asked.model:
+        from sfumato.cli.txt2img import MadeWith
         from sfumato.pipelines.pipeline import load
 
-        pipe = load(model or "mini", precision="float32")
-    found = repair(
-        picture,
-        degradation,
-        noise=noise,
-        mask=mask,
-        blur=blur,
-        scale=scale,
-        prompt=prompt,
-        guidance_scale=guidance_scale,
-        steps=steps,
-        seed=seed,
-        pipe=pipe,
-    )
-    print(f"{found.damage.name}, noise of {found.damage.noise:.3f} (from 0 to 1)", file=sys.stderr)
-    images.save(found.image, out, overwrite=False)
-    print(out, flush=True)
+        pipe = load(asked.model, precision="float32")
+        made_with = MadeWith(pipe).get()
+    else:
+        pipe, threads = None, torch.get_num_threads()
+        made_with = {"sfumato": __version__, "torch": torch.__version__, "device": "cpu", "precision": "float32"}
+        made_with |= {"threads": threads, "model_hash": fingerprint(WEIGHTS)}
+    options = {name: value for name, value in asdict(asked).items() if name != "model"}
+    found = repair(**options, pipe=pipe)
+    damage = found.damage
+    if not quiet:
+        print(f"{damage.name}, noise of {damage.noise:.3f} (from 0 to 1)", file=sys.stderr)
+    settled = replace(asked, degradation=damage.name, noise=damage.noise)
+    path = places.picture(0, found.image, settled, made_with)
+    return path, made_with
+
+
+def restored_again(
+    recipe: Mapping[str, Any], picture: Path, out: str | None, model: str | None, threads: int | None, quiet: bool
+) -> tuple[Path, dict[str, Any]]:
+    """Make a restored picture again from its recipe; the damaged one may also lie beside it.
+
+    Raises FileNotFoundError where that is in neither place, ValueError for a recipe that is none.
+    """
+    from sfumato.cli.places import Places
+    from sfumato.recipes.restored import Restored
+
+    asked = Restored.of(recipe).found(picture.parent)
+    if model is not None:
+        asked = replace(asked, model=model)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return made(asked, Places(out, 1, suffix=picture.suffix.lower()), quiet)

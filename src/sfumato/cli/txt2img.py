@@ -124,7 +124,7 @@ def run(
 
         found = read(recipe)
         tell(found.notes, quiet or as_json)
-        fields = {**found.fields, **fields}
+        fields = {**found.request_fields, **fields}
         precision = precision or as_then(found.made_with, device)
     missing = [f"--{name}" if name != "prompt" else "a prompt" for name in NEEDS[task] if not fields.get(name)]
     if missing and not (missing == ["--mask"] and fields.get("outpaint")):

@@ -10,6 +10,7 @@ from typing import Any
 
 from sfumato.pipelines.request import Request, parse
 from sfumato.recipes import comfy, embed, infotext
+from sfumato.recipes.restored import Restored, is_restored
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Recipe:
     """What a picture was made from.
 
     program:   "sfumato", "A1111" (and all who write its text) or "ComfyUI".
-    fields:    of Request, as far as they are known.
+    fields:    of Request, as far as they are known; of a restored picture, "task" and those of `Restored`.
     made_with: what else decides the exact pixels: versions, device, precision, fingerprints of weights.
     notes:     a line for each thing that could not be understood or taken over.
     text:      A1111's text as it stands in the file; empty when there is none.
@@ -30,9 +31,16 @@ class Recipe:
     text: str = ""
 
     @property
+    def request_fields(self) -> Mapping[str, Any]:
+        """The fields; ValueError where they are those of a restored picture."""
+        if is_restored(self.fields):
+            raise ValueError("the picture was restored from another one, not made from a prompt; use `sfumato replay`")
+        return self.fields
+
+    @property
     def request(self) -> Request:
         """The fields as a request; ValueError where they are out of bounds here."""
-        return parse(**self.fields)
+        return parse(**self.request_fields)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -76,10 +84,12 @@ def made_with(path: Path | str, entries: Mapping[str, str]) -> dict[str, Any]:
     return _object(path, entries[embed.MADE_WITH]) if embed.MADE_WITH in entries else {}
 
 
-def entries_of(request: Request | None, made_with: Mapping[str, Any]) -> dict[str, str]:
-    """What a picture's file is to say, by the names of PNG text."""
+def entries_of(request: Request | Restored | None, made_with: Mapping[str, Any]) -> dict[str, str]:
+    """What a picture's file is to say, by the names of PNG text; A1111's text has no words for restoration."""
     entries = {}
-    if request is not None:
+    if isinstance(request, Restored):
+        entries[embed.RECIPE] = json.dumps(request.entry())
+    elif request is not None:
         entries[embed.RECIPE] = json.dumps(request.model_dump(mode="json"))
         entries[embed.INFOTEXT] = infotext.write(request, made_with)
     if made_with:
