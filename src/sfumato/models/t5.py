@@ -128,24 +128,30 @@ class T5Attention(nn.Module):
         return table(buckets(length, self.config).to(table.weight.device)).permute(2, 0, 1)[None]
 
 
-class T5GatedFeedForward(nn.Module):
-    """Two linear layers, the one gated by the GELU of the other, and one back (Shazeer 2020).
+class WideLinear(nn.Linear):
+    """A linear layer that multiplies in float32 where it is in float16, and so answers in float32.
 
-    The last one is multiplied in float32 where the others are in float16, and so answers in float32: its largest
-    numbers are beyond what float16 holds. bfloat16 needs no such care.
+    Its largest numbers are beyond what float16 holds. bfloat16 needs no such care.
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float16:
+            return super().forward(x)
+        return F.linear(x.float(), self.weight.float())
+
+
+class T5GatedFeedForward(nn.Module):
+    """Two linear layers, the one gated by the GELU of the other, and one back (Shazeer 2020)."""
 
     def __init__(self, c: T5Config) -> None:
         super().__init__()
         self.wi_0 = nn.Linear(c.d_model, c.d_ff, bias=False)
         self.wi_1 = nn.Linear(c.d_model, c.d_ff, bias=False)
-        self.wo = nn.Linear(c.d_ff, c.d_model, bias=False)
+        self.wo = WideLinear(c.d_ff, c.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)  # (B, L, d_ff)
-        if h.dtype != torch.float16:
-            return self.wo(h)  # (B, L, D)
-        return F.linear(h.float(), self.wo.weight.float())
+        return self.wo(h)  # (B, L, D)
 
 
 class T5SelfAttentionLayer(nn.Module):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -221,6 +222,7 @@ class Residence:
     stream:        each module's weights go after its call; False: with the end of their stage.
     channels_last: networks whose kernels of convolutions are laid out so.
     smallest:      numbers from which on a tensor is large.
+    dtypes:        networks that compute in another dtype than the rest.
     """
 
     def __init__(
@@ -231,6 +233,7 @@ class Residence:
         stream: bool,
         channels_last: Collection[nn.Module] = (),
         smallest: int = SMALL,
+        dtypes: Mapping[nn.Module, torch.dtype] = MappingProxyType({}),
     ) -> None:
         self.stream, self.smallest = stream, smallest
         self.scratch = Scratch()
@@ -242,14 +245,19 @@ class Residence:
         self._files = FileRanges()
         for stage, some in stages.items():
             for network in some:
-                self._move_in(stage, network, self._target(network, device, dtype))
+                self._move_in(stage, network, self._target(network, device, dtypes.get(network, dtype)))
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Compute elsewhere, or in another dtype, from now on."""
+    def to(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        dtypes: Mapping[nn.Module, torch.dtype] = MappingProxyType({}),
+    ) -> None:
+        """Compute elsewhere, or in another dtype, from now on; dtypes: as when it was opened."""
         self.leave()
         for key, network in self._networks.items():
-            target = self._target(network, device, dtype)
-            network.runs_in = device, dtype  # type: ignore[assignment]
+            target = self._target(network, device, dtypes.get(network, dtype))
+            network.runs_in = target.device, target.dtype  # type: ignore[assignment]
             for home in self._of[key]:
                 home.settle(target)
 
