@@ -1,0 +1,174 @@
+// The entry points that Python calls: which instruction sets there are, threads, and one function for each kernel.
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "sfumato.h"
+
+extern const AttentionKernel attention_avx2, attention_avx512;
+extern const PointwiseKernel pointwise_avx2, pointwise_avx512;
+
+namespace {
+
+// GNU OpenMP's entry to a parallel region. Taking PyTorch's own by address means one pool of threads, not two.
+typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+
+struct Work {
+    void (*step)(void *, int64_t);
+    void *data;
+    int64_t count;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+};
+
+void work_off(void *p) {
+    Work &work = *(Work *)p;
+    try {
+        for (int64_t i; (i = work.next++) < work.count;) work.step(work.data, i);
+    } catch (const std::bad_alloc &) {
+        work.failed = true;
+    }
+}
+
+// step(0) ... step(count - 1) in any order on some threads; false when memory ran out.
+template <class F>
+bool for_each(int64_t count, int threads, void *parallel, F step) {
+    Work work{[](void *p, int64_t i) { (*(F *)p)(i); }, &step, count};
+    if (threads > count) threads = (int)count;
+    if (threads <= 1) {
+        work_off(&work);
+    } else if (parallel) {
+        ((Parallel)parallel)(work_off, &work, threads, 0);
+    } else {
+        std::vector<std::thread> others;
+        for (int i = 1; i < threads; i++) others.emplace_back(work_off, &work);
+        work_off(&work);
+        for (auto &other : others) other.join();
+    }
+    return !work.failed;
+}
+
+// Memory of a thread, kept from call to call: fresh pages would cost more than what is done with them.
+float *scratch(size_t floats) {
+    struct Buffer {
+        float *at = nullptr;
+        size_t size = 0;
+        ~Buffer() { free(at); }
+    };
+    static thread_local Buffer buffer;
+    if (buffer.size < floats) {
+        free(buffer.at);
+        buffer.size = (floats + 1023) / 1024 * 1024;
+        buffer.at = (float *)aligned_alloc(64, 4 * buffer.size);
+        if (!buffer.at) {
+            buffer.size = 0;
+            throw std::bad_alloc();
+        }
+    }
+    return buffer.at;
+}
+
+template <class K>
+const K *choose(int isa, const K &avx2, const K &avx512) {
+    return isa == 2 ? &avx512 : isa == 1 ? &avx2 : nullptr;
+}
+
+// Into how many tasks to cut `count` rows of `width` floats: enough for the threads, none too small to be worth one.
+int64_t tasks(int64_t count, int64_t width, int threads) {
+    int64_t worth = count * width / 16384, wanted = 4 * (int64_t)threads;
+    if (threads <= 1) wanted = 1;
+    int64_t n = worth < wanted ? worth : wanted;
+    return n < 1 ? 1 : n > count ? count : n;
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Raised whenever a struct or a function changes; Python refuses another one.
+EXPORT int sfumato_version() { return 1; }
+
+// What the library was built of, for build.py to find in the file.
+EXPORT const char *sfumato_mark() { return MARK; }
+
+// The best instruction set of this CPU that there is code for: 0 none, 1 AVX2 with FMA, 2 AVX512 (F, BW, DQ, VL).
+EXPORT int sfumato_isa() {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return wide ? 2 : 1;
+}
+
+// These answer 0: done; 1: no such instruction set; 2: out of memory. `parallel` is GOMP_parallel or null.
+EXPORT int sfumato_attention(const Attention *a, int isa, int threads, void *parallel) {
+    const AttentionKernel *k = choose(isa, attention_avx2, attention_avx512);
+    if (!k) return 1;
+    int64_t heads = a->B * a->H, panels = (a->L + k->panel - 1) / k->panel;
+    // Long runs of queries share the packing of keys and values; four a thread even out the end.
+    int64_t most = 262144 / (a->D + a->E) / k->panel, share = heads * panels / (4 * (threads < 1 ? 1 : threads));
+    int64_t run = share < most ? share : most;
+    run = run < 1 ? 1 : run > panels ? panels : run;
+    int64_t runs = (panels + run - 1) / run;
+    int64_t size = (panels + runs - 1) / runs * k->panel;  // queries in a task
+    bool done = for_each(heads * runs, threads, parallel, [&](int64_t i) {
+        int64_t head = i / runs, first = i % runs * size;
+        if (first >= a->L) return;
+        int64_t count = a->L - first < size ? a->L - first : size;
+        k->run(*a, head / a->H, head % a->H, first, count, scratch(k->scratch(*a, count)));
+    });
+    return done ? 0 : 2;
+}
+
+EXPORT int sfumato_group_norm(const GroupNorm *a, int isa, int threads, void *parallel) {
+    const PointwiseKernel *k = choose(isa, pointwise_avx2, pointwise_avx512);
+    if (!k) return 1;
+    int64_t C = a->C, parts = tasks(a->pixels, C, threads), wide = C / a->groups;
+    std::vector<double> sums(a->B * parts * 2 * C);
+    std::vector<float> affine(a->B * 2 * C);
+    auto part = [&](int64_t i, auto work) {
+        int64_t b = i / parts, j = i % parts, lo = j * a->pixels / parts, hi = (j + 1) * a->pixels / parts;
+        work(b, (b * a->pixels + lo) * C, hi - lo);
+    };
+    for_each(a->B * parts, threads, parallel, [&](int64_t i) {
+        part(i, [&](int64_t, int64_t at, int64_t pixels) { k->moments(a->x + at, pixels, C, &sums[i * 2 * C]); });
+    });
+    for (int64_t b = 0; b < a->B; b++) {
+        for (int64_t g = 0; g < a->groups; g++) {
+            double sum = 0, square = 0, n = (double)a->pixels * wide;
+            for (int64_t j = b * parts; j < (b + 1) * parts; j++) {
+                for (int64_t c = g * wide; c < (g + 1) * wide; c++) sum += sums[j * 2 * C + c], square += sums[(j * 2 + 1) * C + c];
+            }
+            double mean = sum / n, variance = square / n - mean * mean;
+            double rstd = 1.0 / std::sqrt((variance < 0 ? 0 : variance) + a->eps);
+            float *scale = &affine[b * 2 * C], *shift = scale + C;
+            for (int64_t c = g * wide; c < (g + 1) * wide; c++) {
+                scale[c] = (float)(a->weight[c] * rstd);
+                shift[c] = (float)(a->bias[c] - mean * rstd * a->weight[c]);
+            }
+        }
+    }
+    for_each(a->B * parts, threads, parallel, [&](int64_t i) {
+        part(i, [&](int64_t b, int64_t at, int64_t pixels) {
+            const float *scale = &affine[b * 2 * C];
+            k->normalise(a->x + at, a->y + at, pixels, C, scale, scale + C, a->silu);
+        });
+    });
+    return 0;
+}
+
+EXPORT int sfumato_geglu(const Geglu *a, int isa, int threads, void *parallel) {
+    const PointwiseKernel *k = choose(isa, pointwise_avx2, pointwise_avx512);
+    if (!k) return 1;
+    int64_t parts = tasks(a->rows, a->width, threads);
+    for_each(parts, threads, parallel, [&](int64_t i) {
+        for (int64_t r = i * a->rows / parts; r < (i + 1) * a->rows / parts; r++) {
+            const float *x = a->x + r * a->stride;
+            k->geglu(x, x + a->width, a->y + r * a->width, a->width);
+        }
+    });
+    return 0;
+}

@@ -1,0 +1,24 @@
+"""The compiled library, and one whose AVX512 code is made of AVX2 instructions."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+from sfumato.kernels import available, library_reason
+from sfumato.kernels.build import build
+from sfumato.kernels.library import Library, declared
+
+needs_library = pytest.mark.skipif(available() is None, reason=library_reason())
+
+
+@pytest.fixture(scope="session")
+def emulated(pytestconfig: pytest.Config) -> Library:
+    """Compiled once for each change of the sources and kept with pytest's cache."""
+    out = Path(pytestconfig.cache.mkdir("kernels"), "emulated.so")  # type: ignore[union-attr]
+    problem = build(out, emulated=("avx512",))
+    if problem is not None:
+        pytest.skip(problem)
+    return Library(declared(ctypes.CDLL(str(out))), 2, None)
