@@ -3,11 +3,11 @@
 #
 # A depth model sees, beside the noisy picture, how near each of its places is, and keeps that while all else changes.
 #
-# The released one is `stabilityai/stable-diffusion-2-depth`, which `sfumato.load` opens by that name. It estimates the
-# depth itself when none is given. **It is not in the package, and the built-in model does not know depth.** To have
-# something that runs, the built-in model is given one channel more here, with weights of zero; in this way the released
-# one was begun, before its training. Ours is not trained: it reads the depth and does not heed it. What this example
-# shows is how everything is called, and what the network is told.
+# The released one is `stabilityai/stable-diffusion-2-depth`, which `sfumato.load` opens by that name, or from its file
+# (`512-depth-ema`). It estimates the depth itself when none is given. **It is not in the package, and the built-in
+# model does not know depth.** To have something that runs, the built-in model is given one channel more here, with
+# weights of zero; in this way the released one was begun, before its training. Ours is not trained: it reads the depth
+# and does not heed it. What this example shows is how everything is called, and what the network is told.
 
 # %%
 from dataclasses import replace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 from PIL import Image
 
 import sfumato
+from sfumato.models.depth import DepthEstimator, DPTProcessorConfig
 from sfumato.pipelines import call
 from sfumato.weights.folder import Components, save_folder
+from sfumato.weights.model import save_model
+from tests.weights.tiny_models import TINY_DEPTH
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers"),
@@ -178,6 +182,28 @@ def test_inpainting_with_a_model_for_text(pair: Any, scheduler: str, strength: f
 def test_depth(pair: Any) -> None:
     far = torch.from_numpy(np.random.default_rng(1).random((1, 24, 20)).astype(np.float32)) * 30 + 4
     compare(pair("depth", DEPTH), TWO | {"image": drawn(0, 42, 26), "depth_map": far})
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+def test_depth_is_estimated_as_in_diffusers(parts_for: Callable[[str], Components], tmp_path: Path) -> None:
+    """By the estimator of a folder, and by that of a single file, which moves along with the rest."""
+    import diffusers
+
+    torch.manual_seed(0)
+    estimator = DepthEstimator(TINY_DEPTH, DPTProcessorConfig(size=(64, 64))).eval()
+    torch.nn.init.constant_(estimator.head.get_parameter("head.4.bias"), 1)  # else all of it is cut off at 0
+    parts = replace(parts_for("depth"), depth_estimator=estimator)
+    save_folder(parts, tmp_path / "folder")
+    save_model(parts, tmp_path / "one.safetensors")
+    ours = sfumato.StableDiffusionDepth2ImgPipeline.from_pretrained(tmp_path / "folder")
+    theirs = diffusers.StableDiffusionDepth2ImgPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    call = ONE | {"image": drawn(0, 42, 26), "strength": 0.9}
+    compare((ours, theirs), call)
+    single = sfumato.StableDiffusionDepth2ImgPipeline.from_single_file(tmp_path / "one.safetensors")
+    compare((single, ours), call)
+    assert single.to(torch.float64).depth_estimator is single.components["depth_estimator"]
+    assert {p.dtype for p in single.components["depth_estimator"].parameters()} == {torch.float64}
 
 
 @pytest.mark.parametrize("image_scale", [1.7, 0.5])
