@@ -65,6 +65,21 @@ def test_same_as_transformers(act: str, eos: int) -> None:
 
 
 @torch.no_grad()
+def test_a_projection_is_that_of_transformers() -> None:
+    raw = {**TINY, "hidden_act": "gelu", "eos_token_id": 2, "projection_dim": 20}
+    c = CLIPTextConfig.from_dict({**raw, "_class_name": "CLIPTextModelWithProjection"})
+    assert c.projected and CLIPTextConfig.from_dict(c.to_dict()) == c
+    ours = CLIPTextModel(c)
+    theirs = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**raw))
+    exchange(ours, theirs)
+    a, b = ours(prompts(), output_hidden_states=True), theirs(prompts(), output_hidden_states=True)
+    assert a.text_embeds is not None and a.text_embeds.shape == (3, 20)
+    assert_close("text_embeds", a.text_embeds, b.text_embeds)
+    assert_close("hidden_states[-2]", a.hidden_states[-2], b.hidden_states[-2])
+    assert a[0] is a.text_embeds and a[1] is a.last_hidden_state and a[-1] is a.hidden_states
+
+
+@torch.no_grad()
 def test_transformers_opens_the_folder_that_our_names_make(tmp_path: Path) -> None:
     ours = CLIPTextModel(CLIPTextConfig.from_dict(TINY)).eval()
     scramble(ours)

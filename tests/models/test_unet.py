@@ -11,6 +11,7 @@ import torch
 
 from sfumato.cond import Cond
 from sfumato.models.unet import UNet, UNetConfig
+from sfumato.presets.xl import SDXL, SDXL_REFINER
 
 from .parity import assert_close, count, exchange
 
@@ -65,6 +66,26 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layers_per_block": [1, 2, 1],
         "transformer_layers_per_block": [1, 2, 1],
     },
+    "xl": {
+        "block_out_channels": [8, 16, 32],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 3],
+        "attention_head_dim": [1, 2, 4],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 6,
+        "projection_class_embeddings_input_dim": 12 + 6 * 6,
+    },
+    "xl-refiner": {
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": 2,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 6,
+        "projection_class_embeddings_input_dim": 12 + 5 * 6,
+    },
     "no-text": {
         "down_block_types": ["DownBlock2D"] * 3,
         "mid_block_type": "UNetMidBlock2D",
@@ -102,6 +123,19 @@ def inputs(channels: int, height: int, width: int) -> tuple[torch.Tensor, torch.
     return x, torch.tensor([3.0, 741.5]), context
 
 
+def told(c: UNetConfig) -> dict[str, torch.Tensor]:
+    """A text's vector and numbers, where a network wants them."""
+    if c.addition_embed_type is None:
+        return {}
+    assert c.projection_class_embeddings_input_dim is not None
+    count = (c.projection_class_embeddings_input_dim - 12) // 6
+    generator = torch.Generator().manual_seed(4)
+    return {
+        "text_embeds": torch.randn(2, 12, generator=generator),
+        "time_ids": torch.tensor([[1024.0, 768, 0, 8, 512, 640], [64, 48, 3, 0, 24, 32]])[:, :count],
+    }
+
+
 @pytest.mark.parametrize("size", [(16, 16), (11, 13)])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
@@ -109,8 +143,12 @@ def test_same_as_diffusers(shape: str, size: tuple[int, int]) -> None:
     ours, theirs = pair(**SHAPES[shape])
     x, t, context = inputs(ours.config.in_channels, *size)
     labels = None if ours.config.num_class_embeds is None else LABELS
-    cond = Cond(context, labels)
-    expected = theirs(x, t, context, class_labels=None if labels is None else labels[:, 0]).sample
+    added = told(ours.config)
+    cond = Cond(context, torch.cat(list(added.values()), dim=1) if added else labels)
+    classes = None if labels is None else labels[:, 0]
+    expected = theirs(x, t, context, class_labels=classes, added_cond_kwargs=added).sample
+    if added:
+        assert torch.equal(ours(x, t, context, added_cond_kwargs=added).sample, ours(x, t, cond))
     assert_close(f"{shape} {size}", ours(x, t, cond), expected)
     ours.to(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -206,6 +244,8 @@ FULL: dict[str, tuple[dict[str, Any], int]] = {
     "sd2-inpaint": ({**FULL_SD2, "in_channels": 9}, 865_925_124),
     "sd2-depth": ({**FULL_SD2, "in_channels": 5}, 865_913_604),
     "x4-upscaler": (FULL_UPSCALER, 473_398_020),
+    "sdxl": (SDXL.denoiser.to_dict(), 2_567_463_684),
+    "sdxl-refiner": (SDXL_REFINER.denoiser.to_dict(), 2_259_526_660),
     "cin256": (FULL_CIN, 400_920_579),
     "ldm-text": ({"cross_attention_dim": 1280, "sample_size": 32}, 872_300_484),
     "celebahq": ({"_class_name": "UNet2DModel", "attention_head_dim": 32, "sample_size": 64}, 274_056_163),

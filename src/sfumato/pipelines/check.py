@@ -14,6 +14,7 @@ from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.models.bert import LDMBertConfig
 from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
+from sfumato.pipelines import sizes
 from sfumato.pipelines.fields import MAX_SIDE, stand_in
 from sfumato.pipelines.inputs import check_same_size, open_picture
 from sfumato.pipelines.request import Request
@@ -53,10 +54,11 @@ REPAINT: Mapping[str, Any] = MappingProxyType(
 )
 HIRES: Mapping[str, Any] = MappingProxyType({"hires_scale": None, "hires_upscaler": "lanczos", "hires_strength": None})
 HIRES_STRENGTHS: Mapping[str | None, float] = MappingProxyType({"latent": 0.7, "lanczos": 0.4})
+REFINED: Mapping[str, Any] = MappingProxyType({"refiner": None, "refiner_start": 0.8})
 PLAIN = Uses(may=("image", "mask"), takes={"strength": STRENGTH, **REPAINT, **HIRES})
 USES: Mapping[Task, Uses] = MappingProxyType(
     {
-        "text": PLAIN,
+        "text": Uses(may=PLAIN.may, takes={**PLAIN.takes, **REFINED}),
         "class": PLAIN,
         "unconditional": PLAIN,
         "inpaint": Uses(needs=("image", "mask"), takes={"strength": 1.0, **REPAINT}),
@@ -78,6 +80,7 @@ BESIDE: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType(
         "mask_padding": (("only_masked",), "is about cutting the masked part out; give only_masked as well"),
         "hires_upscaler": (("hires_scale",), "is about enlarging; give hires_scale as well"),
         "hires_strength": (("hires_scale",), "is about enlarging; give hires_scale as well"),
+        "refiner_start": (("refiner",), "is about a refiner; give refiner as well"),
         "variation_seed": (("variation_strength",), "is the seed of a variation; give variation_strength as well"),
     }
 )
@@ -99,10 +102,11 @@ def settled(request: Request, preset: Preset, estimates_depth: bool = False) -> 
     estimates_depth: the model makes depth of an image itself.
     Raises ValueError for a field that the model has no use for and for a picture that is missing.
     """
+    told = sizes.fields(preset)
     uses, texts = USES[preset.task], TEXTS[type(next(iter(preset.texts), None))]
-    for name in (n for n in (*OWN, *TEXTS[CLIPTextConfig]) if given(request, n)):
-        if name not in (*uses.fields, *texts):
-            takes = ", ".join([*texts, *uses.fields])
+    for name in (n for n in (*OWN, *sizes.SAID, *TEXTS[CLIPTextConfig]) if given(request, n)):
+        if name not in (*uses.fields, *told, *texts):
+            takes = ", ".join([*texts, *uses.fields, *told])
             raise ValueError(f"{preset.title} ({preset.pipeline}) has no use for {name}; of its kind it takes: {takes}")
     if texts and not request.prompt.strip():
         what = "the class as a number" if isinstance(preset.text, ClassEmbedderConfig) else "what the picture shows"
@@ -119,7 +123,7 @@ def settled(request: Request, preset: Preset, estimates_depth: bool = False) -> 
     for name, (others, why) in BESIDE.items():
         if given(request, name) and not any(wanted(request, other) for other in others):
             raise ValueError(f"{name} = {shown(getattr(request, name))} {why}")
-    fill = {**uses.takes, **texts}
+    fill = {**uses.takes, **told, **texts}
     fill = {n: v for n, v in fill.items() if n not in BESIDE or any(wanted(request, o) for o in BESIDE[n][0])}
     if "hires_strength" in fill:
         fill["hires_strength"] = HIRES_STRENGTHS[request.hires_upscaler or fill["hires_upscaler"]]
@@ -202,6 +206,10 @@ def check(request: Request, preset: Preset) -> None:
                     f"hires_scale = {request.hires_scale:g} makes a {name} of {side}, at most {MAX_SIDE} are made; "
                     f"give at most {MAX_SIDE / getattr(request, name):.4g}"
                 )
+    if request.refiner is not None:
+        other = next((n for n in ("mask", "outpaint", "hires_scale") if getattr(request, n) is not None), None)
+        if other is not None:
+            raise ValueError(f"refiner makes the last steps of a whole picture, without {other}; leave one of them out")
     if request.tile is not None and (request.tile % preset.vae.factor or request.tile < 8 * preset.vae.factor):
         f = preset.vae.factor
         nearest = max(8 * f, round(request.tile / f) * f)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from sfumato.cond import Cond
 from sfumato.diffusion.guidance import InstructCFG, Plain, Turns
+from sfumato.pipelines import sizes
 from sfumato.pipelines.guided import Sides, sides
 from sfumato.pipelines.request import Request
 from sfumato.pipelines.start import Start
-from sfumato.presets import Task
+from sfumato.presets import Preset
 from sfumato.text.prompt import LoraTag, extract_loras
 from sfumato.text.towers import Cache, Towers
 from sfumato.weights.adapters import Adapter, AdapterHost, EmbeddingHost, read_adapter, read_embedding
@@ -53,13 +55,15 @@ def outfit(request: Request) -> Outfit:
 
 
 def batches(requests: Sequence[Request], most: int) -> Iterator[tuple[int, Outfit, Sequence[Request]]]:
-    """Neighbours of one outfit and tile, at most so many together: (place of the first, outfit, requests)."""
+    """Neighbours of one outfit, tile and refiner, so many at most: (place of the first, outfit, requests)."""
     first = 0
     while first < len(requests):
         wanted = outfit(requests[first])
         end = first + 1
-        alike = (wanted, requests[first].tile)
-        while end < min(first + most, len(requests)) and (outfit(requests[end]), requests[end].tile) == alike:
+        alike = (wanted, requests[first].tile, requests[first].refiner)
+        while end < min(first + most, len(requests)):
+            if (outfit(requests[end]), requests[end].tile, requests[end].refiner) != alike:
+                break
             end += 1
         yield first, wanted, requests[first:end]
         first = end
@@ -109,30 +113,43 @@ class Wardrobe:
         self._texts.clear()
         self._worn = BARE
 
-    def guidance(self, request: Request, task: Task, start: Start) -> Sides:
+    def guidance(self, request: Request, preset: Preset, start: Start) -> Sides:
         """What to ask for a picture, in what is worn: the prompts along its grid, and the inputs of its start."""
-        cond = self._told(extract_loras(request.prompt)[0], request, start, start.concat)
+        task, told = preset.task, partial(self._told, request=request, preset=preset, start=start)
+        cond = told(extract_loras(request.prompt)[0], start.concat)
         scale = cast(float, request.guidance_scale)
         if not self.towers.present:
             return Plain(cond)
         if task == "instruct":
             assert start.concat is not None
-            image = self._told(request.negative_prompt, request, start, start.concat)
-            nothing = self._told(request.negative_prompt, request, start, torch.zeros_like(start.concat))
+            image = told(request.negative_prompt, start.concat)
+            nothing = told(request.negative_prompt, torch.zeros_like(start.concat))
             return InstructCFG(cond, image, nothing, scale, cast(float, request.image_guidance_scale))
         if scale == 1 and request.cfg_pp is None:
             return Plain(cond)
-        return sides(request, cond, self._told(request.negative_prompt, request, start, start.concat, negative=True))
+        return sides(request, cond, told(request.negative_prompt, start.concat, negative=True))
 
     def _told(
-        self, text: str, request: Request, start: Start, concat: Tensor | None, negative: bool = False
+        self,
+        text: str,
+        concat: Tensor | None,
+        request: Request,
+        preset: Preset,
+        start: Start,
+        negative: bool = False,
     ) -> Cond | Turns:
         steps = len(start.grid) - 1
         towers = self.towers if self._words is None else self.towers.replaced([self._words.tokenizer])
         rule = request.prompt_rule or "none"
         turns = towers.along(text, steps, request.clip_skip or 0, rule, self._texts, negative)
-        label = start.label
-        conds = [(e, replace(c, concat=concat, pooled=c.pooled if label is None else label)) for e, c in turns]
+        count = sizes.told(preset.denoiser, preset.texts)
+        if count:
+            height, width = (side * preset.vae.factor for side in start.x.shape[2:])
+            row = sizes.numbers(request, count, (height, width), negative)
+            turns = [(end, sizes.with_numbers(cond, row)) for end, cond in turns]
+        elif start.label is not None:
+            turns = [(end, replace(cond, pooled=start.label)) for end, cond in turns]
+        conds = [(end, replace(cond, concat=concat)) for end, cond in turns]
         return conds[0][1] if len(conds) == 1 else Turns(conds, start.grid)
 
     def _shares(self, tag: LoraTag) -> list[tuple[Adapter, float]]:

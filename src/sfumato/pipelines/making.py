@@ -25,6 +25,7 @@ from sfumato.pipelines.guided import surrounded
 from sfumato.pipelines.inputs import open_picture
 from sfumato.pipelines.masks import Frame, framed
 from sfumato.pipelines.memory import RowByRow, tiles
+from sfumato.pipelines.refine import check_share, rest, until
 from sfumato.pipelines.request import Request
 from sfumato.pipelines.start import STARTS, Setting, Start, remaining
 
@@ -77,7 +78,10 @@ def latents(
                 rows = None if noise is None else noise[first : first + len(some)].split(1)
                 jobs = [begun(pipe, first + i, r, None if rows is None else rows[i]) for i, r in enumerate(some)]
                 advance(jobs, net, callback)
-                again = {job.image: enlarged_job(pipe, job) for job in jobs if job.more and job.run.result is not None}
+                follow = enlarged_job if some[0].refiner is None else refined_job
+                again = {job.image: follow(pipe, job) for job in jobs if job.more and job.run.result is not None}
+                if some[0].refiner is not None:
+                    net = RowByRow(pipe.refining(some[0].refiner).net)
                 advance(list(again.values()), net, callback)
             for job in (again.get(job.image, job) for job in jobs):
                 z, guidance = job.run.result, job.run.guidance
@@ -107,10 +111,25 @@ def begun(pipe: Pipeline, image: int, request: Request, eps: Tensor | None) -> J
     setting = setting_of(pipe, request, generator, eps)
     with torch.no_grad():
         start = STARTS[pipe.preset.task](setting)
-    run, more = run_of(pipe, request, start, generator), 0
+    more = 0
     if request.hires_scale is not None:
         more = len(evaluations(*remaining(setting.plan, cast(float, request.hires_strength))))
-    return Job(image, request, setting, run, more=more)
+    if request.refiner is not None:
+        share, other = cast(float, request.refiner_start), pipe.refining(request.refiner)
+        steps = check_share(start.grid, share, pipe.scheduler)
+        start = replace(start, sampler=until(start.sampler, start.grid, steps))
+        more = len(evaluations(*rest(other.plan(request), share, other.scheduler)))
+    return Job(image, request, setting, run_of(pipe, request, start, generator), more=more)
+
+
+def refined_job(pipe: Pipeline, job: Job) -> Job:
+    """A picture that another model takes over at the noise level where the first one stopped."""
+    request, z = job.request, job.run.result
+    other = pipe.refining(cast(str, request.refiner))
+    sampler, grid = rest(other.plan(request), cast(float, request.refiner_start), other.scheduler)
+    assert z is not None
+    run = run_of(other, request, Start(z, grid, sampler), job.setting.generator)
+    return Job(job.image, request, job.setting, run, done=job.run.done)
 
 
 def enlarged_job(pipe: Pipeline, job: Job) -> Job:
@@ -130,7 +149,7 @@ def enlarged_job(pipe: Pipeline, job: Job) -> Job:
 def run_of(pipe: Pipeline, request: Request, start: Start, generator: torch.Generator | None) -> Run:
     """The coroutine of a start with its guidance, ready to be driven."""
     noise: Noise = _fresh if generator is None else PictureNoise(generator)
-    inner = pipe.dressing().guidance(request, pipe.preset.task, start)
+    inner = pipe.dressing().guidance(request, pipe.preset, start)
     guidance = surrounded(inner, request, pipe.scheduler, pipe.preset, start.grid)
     return Run(
         start.sampler(start.x, start.grid, noise),

@@ -6,14 +6,14 @@ B pictures in a network call, C channels, h w latent height and width, H W pictu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato import __version__
 from sfumato.cond import Cond
@@ -27,6 +27,8 @@ from sfumato.pipelines.conditions import Outfit, Wardrobe, outfit
 from sfumato.pipelines.guided import check_guidance, scheduled
 from sfumato.pipelines.making import Callback, Progress, frame_of, latents, picture
 from sfumato.pipelines.memory import in_tiles_if_need_be
+from sfumato.pipelines.output import OUTPUT_TYPES, OutputType, PipelineOutput, joined
+from sfumato.pipelines.refine import check_pair, check_share
 from sfumato.pipelines.request import Request, parse
 from sfumato.pipelines.restore import Restoration, restore
 from sfumato.pipelines.start import remaining
@@ -36,11 +38,9 @@ from sfumato.text.towers import TextEncoder, Tokenizer, Towers
 from sfumato.weights.folder import save_folder
 from sfumato.weights.hub import find_file
 from sfumato.weights.model import load_model
-from sfumato.weights.parts import VAE, Components, Denoiser, as_unet, preset_of, towers_of
+from sfumato.weights.parts import VAE, Components, Denoiser, as_unet, networks_of, preset_of, towers_of
 from sfumato.weights.safe import blame, is_finite, lay_out
 
-OutputType = Literal["pil", "pt", "latent"]
-OUTPUT_TYPES = ("pil", "pt", "latent")
 __all__ = [
     "OUTPUT_TYPES",
     "Callback",
@@ -50,18 +50,6 @@ __all__ = [
     "Progress",
     "load",
 ]
-
-
-@dataclass(frozen=True)
-class PipelineOutput:
-    """Pictures and what each was made from.
-
-    images:   PIL pictures ("pil"), a tensor (n, 3, H, W) in [0, 1] ("pt") or latents (n, C, h, w) ("latent").
-    requests: one resolved request a picture, which makes the same picture again.
-    """
-
-    images: list[Image.Image] | Tensor
-    requests: list[Request]
 
 
 class Pipeline:
@@ -101,6 +89,7 @@ class Pipeline:
         self.embeddings: tuple[str, ...] = ()
         self.batch = batch
         self.preset: Preset = preset_of(parts)
+        self._second: Pipeline | None = None
         self._wardrobe = Wardrobe(self.denoiser, self.towers)
         if runtime is not None:
             self.to()
@@ -235,7 +224,8 @@ class Pipeline:
         """Move the networks to a device, a dtype, or both; returns the pipeline itself."""
         now = self.runtime
         self.runtime = replace(now, device=torch.device(device or now.device), dtype=dtype or now.dtype)
-        for part in (self.denoiser, self.vae, *self.towers.present, self.depth_estimator):
+        self.vae.to(device=self.runtime.device, dtype=self._vae_dtype)
+        for part in (self.denoiser, *self.towers.present, self.depth_estimator):
             if part is not None:
                 part.to(device=self.runtime.device, dtype=self.runtime.dtype)
         return self
@@ -280,6 +270,16 @@ class Pipeline:
         hires_strength: float | None = None,
         hires_upscaler: str | None = None,
         tile: int | None = None,
+        original_size: Sequence[int] | None = None,
+        crops_coords_top_left: Sequence[int] | None = None,
+        target_size: Sequence[int] | None = None,
+        negative_original_size: Sequence[int] | None = None,
+        negative_crops_coords_top_left: Sequence[int] | None = None,
+        negative_target_size: Sequence[int] | None = None,
+        aesthetic_score: float | None = None,
+        negative_aesthetic_score: float | None = None,
+        refiner: str | None = None,
+        refiner_start: float | None = None,
         prompt_matrix: bool = False,
         prompt_rule: str | None = None,
         clip_skip: int | None = None,
@@ -353,7 +353,7 @@ class Pipeline:
         Raises ValueError where numbers are not finite, naming the weights or the precision to blame.
         """
         self.lay_out()
-        z = z.to(self.runtime.device, self.runtime.dtype)
+        z = z.to(self.runtime.device, self.vae.dtype)
         rows = (in_tiles_if_need_be(self.vae, partial(self.vae.to_pixels, row[None])) for row in z)
         x = torch.cat([row.float() for row in rows])
         if not is_finite(x):
@@ -366,7 +366,8 @@ class Pipeline:
         with perturbed(self.denoiser, perturb):
             out = self.denoiser(x.to(dtype), t, cond.to(dtype=dtype)).float()
         if not is_finite(out):
-            raise blame(self._denoiser_name, self._networks())
+            named = networks_of(self)
+            raise blame(next(iter(named)), named)
         return out
 
     def _resolved(self, request: Request) -> Request:
@@ -378,20 +379,31 @@ class Pipeline:
         plan = self.plan(request)
         grid = plan.grid if request.strength is None else remaining(plan, request.strength)[1]
         check_guidance(request, self.preset, self.denoiser, grid)
+        if request.refiner is not None:
+            self.refining(request.refiner)
+            check_share(grid, cast(float, request.refiner_start), self.scheduler)
         if request.hires_strength is not None:
             remaining(plan, request.hires_strength)
         frame_of(request, self.factor)
         return request
 
-    def _networks(self) -> dict[str, nn.Module | None]:
-        towers = self.towers.present
-        numbered = {f"text encoder {i}": tower for i, tower in enumerate(towers, 1)}
-        texts = {"text encoder": towers[0]} if len(towers) == 1 else numbered
-        return {**texts, "autoencoder": self.vae, self._denoiser_name: self.denoiser}
-
     @property
-    def _denoiser_name(self) -> str:
-        return "U-Net" if isinstance(self.denoiser, UNet) else "transformer"
+    def _vae_dtype(self) -> torch.dtype:
+        """What the autoencoder computes in: single precision where half is too narrow for it (`force_upcast`)."""
+        now = self.runtime.dtype
+        narrow = now == torch.float16 and getattr(self.vae.config, "force_upcast", False)
+        return torch.float32 if narrow else now
+
+    def refining(self, source: str) -> Pipeline:
+        """The model that makes the last steps, opened once; ValueError where it cannot go on with this one's latents.
+
+        It is given this one's autoencoder, which is the one that decodes.
+        """
+        if self._second is None or self._second.model != source:
+            parts = load_model(source, self.runtime.dtype, self.runtime.device)
+            check_pair(self.preset, preset_of(parts), source)
+            self._second = Pipeline(replace(parts, vae=self.vae), self.runtime, source, self.batch)
+        return self._second
 
     def lay_out(self) -> None:
         """Bring weights into the runtime's layout; not before the first use, so that opening a model copies nothing."""
@@ -430,11 +442,3 @@ def load(
     vae, base, prediction: see `Pipeline.from_pretrained`.
     """
     return Pipeline.from_pretrained(model, precision, device, batch, vae, base, prediction)
-
-
-def joined(rows: Sequence[Tensor]) -> Tensor:
-    """Pictures or latents of one size in one tensor; ValueError where they differ."""
-    sizes = {tuple(row.shape[2:]) for row in rows}
-    if len(sizes) > 1:
-        raise ValueError(f"pictures of the sizes {sorted(sizes)} are no tensor; take output_type='pil', or one size")
-    return torch.cat(list(rows))

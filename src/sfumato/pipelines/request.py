@@ -7,7 +7,6 @@ fields, so a new option is one new field here. Importing this module does not im
 from __future__ import annotations
 
 import difflib
-import math
 import random
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,15 +29,23 @@ from sfumato.pipelines.fields import (
     MAX_WORDS,
     Flag,
     Given,
+    KnownAPG,
+    KnownThreshold,
     Listed,
     Numbers,
     Picture,
+    RisingShares,
+    Told,
     WholeNumbers,
+    typed,
 )
 from sfumato.pipelines.matrix import prompts_of
 
 if TYPE_CHECKING:
     from sfumato.presets import Preset
+
+HEIGHT_WIDTH, TOP_LEFT = Flag(value="HEIGHT,WIDTH"), Flag(value="TOP,LEFT")
+AS_FOR_PROMPT = Field(description="The same for the negative prompt (default: as for the prompt).")
 
 
 class Request(BaseModel):
@@ -136,6 +143,7 @@ class Request(BaseModel):
     guidance_interval: Annotated[
         tuple[float, ...] | None,
         Numbers,
+        RisingShares,
         Field(description="Guide between these shares of the steps only, e.g. 0.1,0.8 (default: everywhere)."),
         Flag(value="FROM,TO"),
     ] = None
@@ -148,6 +156,7 @@ class Request(BaseModel):
     apg: Annotated[
         tuple[float, ...] | None,
         Numbers,
+        KnownAPG,
         Field(
             description="Projected guidance: share kept of what saturates, then the largest norm of an update, then "
             "momentum, e.g. 0,7.5,-0.75 (default: off)."
@@ -168,6 +177,7 @@ class Request(BaseModel):
     dynamic_threshold: Annotated[
         tuple[float, ...] | None,
         Numbers,
+        KnownThreshold,
         Field(
             description="Quantile, e.g. 0.995, to which bright clean pictures are clipped and shrunk; for latents also "
             "their range, e.g. 0.995,4 (default: off)."
@@ -217,6 +227,30 @@ class Request(BaseModel):
     tile: Annotated[
         int | None,
         Field(ge=8, le=MAX_SIDE, description="Side of the windows in which large pictures are made (default: whole)."),
+    ] = None
+    original_size: Annotated[
+        Told, Field(description="Size that an SDXL model is told the picture had (default: its own)."), HEIGHT_WIDTH
+    ] = None
+    crops_coords_top_left: Annotated[
+        Told, Field(description="What it is told was cut off above and at the left (default: 0,0)."), TOP_LEFT
+    ] = None
+    target_size: Annotated[
+        Told, Field(description="Size that it is told the picture is to have (default: its own)."), HEIGHT_WIDTH
+    ] = None
+    negative_original_size: Annotated[Told, AS_FOR_PROMPT, HEIGHT_WIDTH] = None
+    negative_crops_coords_top_left: Annotated[Told, AS_FOR_PROMPT, TOP_LEFT] = None
+    negative_target_size: Annotated[Told, AS_FOR_PROMPT, HEIGHT_WIDTH] = None
+    aesthetic_score: Annotated[
+        float | None, Field(ge=0, le=10, description="Beauty that a refiner is told of the picture (default: 6).")
+    ] = None
+    negative_aesthetic_score: Annotated[
+        float | None, Field(ge=0, le=10, description="The same for the negative prompt (default: 2.5).")
+    ] = None
+    refiner: Annotated[
+        str | None, Field(min_length=1, description="Model that makes the last steps."), Flag(value="MODEL")
+    ] = None
+    refiner_start: Annotated[
+        float | None, Field(gt=0, lt=1, description="Share of the noise levels after which it does (default: 0.8).")
     ] = None
     prompt_matrix: Annotated[
         bool, Field(description="Make a picture of each choice among the parts of a prompt, a|b|c (default: no).")
@@ -287,44 +321,11 @@ class Request(BaseModel):
             check_rule(name)
         return name
 
-    @field_validator("guidance_interval")
-    @classmethod
-    def _rising_shares(cls, shares: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if shares is not None and not (len(shares) == 2 and 0 <= shares[0] < shares[1] <= 1):
-            raise ValueError(
-                f"guidance_interval = {_typed(shares)}; give two rising shares of the steps between 0 and 1"
-            )
-        return shares
-
-    @field_validator("apg")
-    @classmethod
-    def _known_apg(cls, given: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if given is not None:
-            share, norm, momentum = (*given, 0.0, 0.0)[:3] if 1 <= len(given) <= 3 else (-1.0, 0.0, 0.0)
-            if not (0 <= share <= 1 and 0 <= norm < math.inf and -1 < momentum < 1):
-                raise ValueError(
-                    f"apg = {_typed(given)}; give a share from 0 to 1, then if wanted a norm from 0 (no limit) up, "
-                    "then a momentum between -1 and 1, as in 0,7.5,-0.75"
-                )
-        return given
-
-    @field_validator("dynamic_threshold")
-    @classmethod
-    def _known_threshold(cls, given: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if given is not None and not (
-            len(given) in (1, 2) and 0.5 <= given[0] <= 1 and all(0 < r < math.inf for r in given[1:])
-        ):
-            raise ValueError(
-                f"dynamic_threshold = {_typed(given)}; give a quantile from 0.5 to 1, then if wanted a range above 0, "
-                "as in 0.995,4"
-            )
-        return given
-
     @model_validator(mode="after")
     def _one_rule_of_guidance(self) -> Request:
         if self.cfg_pp is not None and self.apg is not None:
             raise ValueError(
-                f"cfg_pp = {self.cfg_pp:g} and apg = {_typed(self.apg)} each say what is made of prompt and negative "
+                f"cfg_pp = {self.cfg_pp:g} and apg = {typed(self.apg)} each say what is made of prompt and negative "
                 "prompt; give one of the two"
             )
         return self
@@ -393,10 +394,6 @@ class Request(BaseModel):
         seeds = [{name: first + i, "num_images": 1, "prompt_matrix": False} for i in range(self.num_images)]
         prompts = prompts_of(self.prompt) if self.prompt_matrix else [self.prompt]
         return [self.model_copy(update={"prompt": prompt, **seed}) for prompt in prompts for seed in seeds]
-
-
-def _typed(numbers: tuple[float, ...]) -> str:
-    return ",".join(f"{number:g}" for number in numbers)
 
 
 def parse(**fields: Any) -> Request:

@@ -106,7 +106,7 @@ class Setting:
 
     def latents(self, x: Tensor) -> Tensor:
         """The latent (1, C, h, w), float32, of a picture (1, 3, H, W), drawn from its distribution."""
-        x = x.to(self.device, self.dtype)
+        x = x.to(self.device, self.vae.dtype)
         return in_tiles_if_need_be(self.vae, lambda: self.vae.to_latents(x, self.generator)).float()
 
     def mask(self, h: int, w: int) -> Tensor:
@@ -197,7 +197,7 @@ def instruct(s: Setting) -> Start:
         raise ValueError(
             f"a model that follows instructions needs an AutoencoderKL; this one has {type(s.vae).__name__}"
         )
-    image = inputs.picture(s.images["image"], *s.size).to(s.device, s.dtype)
+    image = inputs.picture(s.images["image"], *s.size).to(s.device, s.vae.dtype)
     return s.from_noise(s.noise(), s.vae.encode(image).latent_dist.mode().float())
 
 

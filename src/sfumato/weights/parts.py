@@ -131,6 +131,14 @@ def towers_of(parts: HasComponents) -> Towers:
     )
 
 
+def networks_of(parts: HasComponents) -> dict[str, nn.Module]:
+    """The networks that make a picture by the names that people know, the denoiser first."""
+    towers = towers_of(parts).present
+    texts = {f"text encoder {i}" if len(towers) > 1 else "text encoder": tower for i, tower in enumerate(towers, 1)}
+    name = "U-Net" if isinstance(parts.denoiser, UNet) else "transformer"
+    return {name: parts.denoiser, **texts, "autoencoder": parts.vae}
+
+
 def preset_of(parts: HasComponents) -> Preset:
     """The preset of some parts: what kind of model they make, at their own sizes."""
     preset = of_folder(
