@@ -291,12 +291,15 @@ class FlowPath:
 
     shift: places grid and training indices at higher noise for larger pictures (Esser et al. 2024, eq. 23):
            sigma = shift * u / (1 + (shift - 1) * u) with u = (index + 1) / N.
+    twice: the smallest u is shifted before grids are laid to it, and then with them, as the released samplers with a
+           fixed shift do.
     """
 
-    def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000) -> None:
+    def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000, twice: bool = True) -> None:
         if shift <= 0:
             raise ValueError(f"shift must be positive, got {shift}")
         self.shift = shift
+        self.twice = twice
         self._n = num_train_timesteps
 
     @property
@@ -306,8 +309,8 @@ class FlowPath:
 
     @property
     def last_index(self) -> float:
-        """The index whose u is the smallest shifted sigma; the released samplers shift this end twice."""
-        return self._n * self.shifted(1 / self._n) - 1
+        """The index where grids end: 0, or where its u is a shifted sigma, as this end is shifted twice."""
+        return self._n * self.shifted(1 / self._n) - 1 if self.twice else 0.0
 
     def shifted(self, u: float) -> float:
         """sigma for an evenly spaced u in 0..1."""

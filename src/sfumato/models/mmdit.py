@@ -339,7 +339,7 @@ class MMDiT(Network):
                 f"choose sides that {patch} divides"
             )
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(x.shape[0])  # (B,)
-        temb = self.time_text_embed(t, pooled)  # (B, D)
+        temb = self.time_text_embed(t, pooled.to(x.dtype))  # (B, D)
         h, context = self.pos_embed(x), self.context_embedder(context)  # (B, L, D), (B, K, D)
         for block in self.transformer_blocks:
             h, context = block(h, context, temb)

@@ -14,6 +14,7 @@ from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.models.bert import LDMBertConfig
 from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
+from sfumato.models.unet import UNetConfig
 from sfumato.pipelines import sizes
 from sfumato.pipelines.fields import MAX_SIDE, stand_in
 from sfumato.pipelines.inputs import check_same_size, open_picture
@@ -169,10 +170,10 @@ def size(request: Request, preset: Preset) -> dict[str, int]:
     check_same_size(mask, image)
     if request.only_masked:
         return {}
-    factor = preset.vae.factor
+    factor = preset.grain
     left, right, top, bottom = request.outpaint or (0, 0, 0, 0)
     sides = image.width + left + right, image.height + top + bottom
-    width, height = (float(side * factor if preset.task == "upscale" else side) for side in sides)
+    width, height = (float(side * preset.vae.factor if preset.task == "upscale" else side) for side in sides)
     if request.width is not None:
         height *= request.width / width
     elif request.height is not None:
@@ -191,7 +192,7 @@ def size(request: Request, preset: Preset) -> dict[str, int]:
 def check(request: Request, preset: Preset) -> None:
     """ValueError where a settled request does not fit the model."""
     for name in ("width", "height"):
-        side, f = getattr(request, name), preset.vae.factor
+        side, f = getattr(request, name), preset.grain
         if side % f:
             nearest = max(f, round(side / f) * f)
             raise ValueError(f"{name} = {side} is not a multiple of {f}; the nearest that is: {nearest}")
@@ -219,6 +220,6 @@ def check(request: Request, preset: Preset) -> None:
         able = [name for name, e in SAMPLERS.items() if "eta" in inspect.signature(e.run).parameters]
         if request.sampler not in able:
             raise ValueError(f"sampler {request.sampler!r} takes no eta; these do: {', '.join(able)}")
-    levels = preset.denoiser.num_class_embeds
+    levels = preset.denoiser.num_class_embeds if isinstance(preset.denoiser, UNetConfig) else None
     if request.noise_level is not None and levels is not None and request.noise_level >= levels:
         raise ValueError(f"noise_level = {request.noise_level}; this model knows 0 to {levels - 1}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,8 @@ from sfumato.weights.adapters import Adapter, AdapterHost, EmbeddingHost, read_a
 from sfumato.weights.adapters.names import UNET, ModuleNames
 from sfumato.weights.hub import find_file
 from sfumato.weights.parts import Denoiser
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Wardrobe:
             self._words = EmbeddingHost(*towers.clips[0])
         self._worn = BARE
         self._texts: Cache = {}
+        if towers.lacks_t5:
+            log.warning("this model came without T5 (text_encoder_3); zeros stand for what it would say of prompts")
 
     def wear(self, wanted: Outfit) -> None:
         """Put on exactly these adapters and words.

@@ -10,7 +10,7 @@ from typing import cast
 from sfumato.cond import Cond
 from sfumato.diffusion.around import PAG, Limited, Rescale, Within, levels_of, thresholded
 from sfumato.diffusion.guidance import APG, CFG, CFGPP, Guidance, InstructCFG, Plain, Turns
-from sfumato.diffusion.named import DDIMScheduler
+from sfumato.diffusion.named import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from sfumato.diffusion.path import Point
 from sfumato.diffusion.samplers import get_sampler
 from sfumato.diffusion.scheduler import Scheduler
@@ -64,14 +64,17 @@ def limiting(scheduler: Scheduler, preset: Preset) -> Scheduler | None:
     return scheduler if clips or thresholds else None
 
 
-def scheduled(request: Request, scheduler: Scheduler) -> Scheduler:
-    """The model's scheduler with the request's rescale_betas_zero_snr; see Lin et al. 2023, algorithm 1.
+def scheduled(request: Request, scheduler: Scheduler, preset: Preset) -> Scheduler:
+    """The model's scheduler for the request's size, with its rescale_betas_zero_snr; see Lin et al. 2023, algorithm 1.
 
     Raises ValueError for a network that predicts noise, which says nothing at zero SNR, and for other paths.
     """
     wanted = request.rescale_betas_zero_snr
     if wanted is None or getattr(scheduler, ZERO_SNR, False) == wanted:
-        return scheduler
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            return scheduler
+        columns, rows = (cast(int, side) // preset.grain for side in (request.width, request.height))
+        return scheduler.sized(columns * rows)
     if not isinstance(scheduler, TableScheduler):
         raise ValueError(f"{ZERO_SNR} = true is for schedulers with betas; {type(scheduler).__name__} has none")
     if wanted and scheduler.prediction == "epsilon":

@@ -20,6 +20,7 @@ from sfumato.cond import Cond
 from sfumato.diffusion.scheduler import Plan, Scheduler
 from sfumato.images import to_pil
 from sfumato.models.depth import DepthEstimator
+from sfumato.models.mmdit import MMDiT
 from sfumato.models.perturb import perturbed
 from sfumato.models.unet import UNet
 from sfumato.pipelines.check import check, settled
@@ -38,7 +39,7 @@ from sfumato.text.towers import TextEncoder, Tokenizer, Towers
 from sfumato.weights.folder import save_folder
 from sfumato.weights.hub import find_file
 from sfumato.weights.model import load_model
-from sfumato.weights.parts import VAE, Components, Denoiser, as_unet, networks_of, preset_of, towers_of
+from sfumato.weights.parts import VAE, Components, Denoiser, as_transformer, as_unet, networks_of, preset_of, towers_of
 from sfumato.weights.safe import blame, is_finite, lay_out
 
 __all__ = [
@@ -199,6 +200,15 @@ class Pipeline:
     @unet.setter
     def unet(self, unet: UNet) -> None:
         self.denoiser = unet
+
+    @property
+    def transformer(self) -> MMDiT:
+        """The denoiser where it is a transformer; AttributeError where it is not."""
+        return as_transformer(self.denoiser)
+
+    @transformer.setter
+    def transformer(self, transformer: MMDiT) -> None:
+        self.denoiser = transformer
 
     @property
     def towers(self) -> Towers:
@@ -423,7 +433,7 @@ class Pipeline:
         """Sampler and points of a resolved request, from noise to data."""
         options = None if request.eta is None else {"eta": request.eta}
         steps = cast(int, request.num_inference_steps)
-        return scheduled(request, self.scheduler).plan(steps, request.sampler, request.spacing, options)
+        return scheduled(request, self.scheduler, self.preset).plan(steps, request.sampler, request.spacing, options)
 
 
 def load(

@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfumato.presets.base import DenoiserConfig, Preset, Task, TextConfig, VAEConfig, frozen
+from sfumato.models.mmdit import MMDiTConfig
+from sfumato.presets.base import DenoiserConfig, Preset, Task, TextConfig, VAEConfig, frozen, prediction_of
 from sfumato.presets.classic import CLASSIC
+from sfumato.presets.sd3 import SD3
 from sfumato.presets.xl import XL
 
 __all__ = [
@@ -29,7 +31,7 @@ __all__ = [
     "pipelines",
 ]
 
-PRESETS: tuple[Preset, ...] = (*CLASSIC, *XL)
+PRESETS: tuple[Preset, ...] = (*CLASSIC, *XL, *SD3)
 SINGLE = CLASSIC
 """Those that are read from one file."""
 BUILT_IN = {"mini": Path(__file__).parent.parent / "assets" / "mini"}
@@ -54,7 +56,7 @@ def of_folder(
     family = [p for p in PRESETS if p.pipeline == pipeline]
     if not family:
         raise ValueError(f"models of class {pipeline!r} are not supported; known: {', '.join(pipelines())}")
-    known = [p for p in family if p.denoiser.cross_attention_dim == denoiser.cross_attention_dim]
+    known = [p for p in family if _kind(p.denoiser) == _kind(denoiser)]
     own = replace(family[0], name="custom", title="a model of its own")
     chosen = max(known, key=lambda preset: _likeness(preset, scheduler)) if known else own
     side = denoiser.sample_size[0] if isinstance(denoiser.sample_size, tuple) else denoiser.sample_size or 64
@@ -74,10 +76,17 @@ def of_folder(
     )
 
 
+def _kind(denoiser: DenoiserConfig) -> tuple[object, ...]:
+    """What tells the networks of one pipeline class apart."""
+    if isinstance(denoiser, MMDiTConfig):
+        return denoiser.num_layers, denoiser.width, denoiser.dual_attention_layers, denoiser.joint_attention_dim
+    return (denoiser.cross_attention_dim,)
+
+
 def _likeness(preset: Preset, scheduler: Mapping[str, Any]) -> tuple[bool, bool]:
     """How much a scheduler is a preset's: whether it predicts the same, and whether it is of its class and spacing."""
     same = all(scheduler.get(k) == v for k, v in preset.scheduler.items() if k in ("_class_name", "timestep_spacing"))
-    return scheduler.get("prediction_type", "epsilon") == preset.prediction, same
+    return prediction_of(scheduler) == preset.prediction, same
 
 
 def pipelines() -> list[str]:

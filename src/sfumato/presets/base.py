@@ -12,13 +12,15 @@ from sfumato.models.bert import LDMBertConfig
 from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.dpt import DPTConfig
+from sfumato.models.mmdit import MMDiTConfig
+from sfumato.models.t5 import T5Config
 from sfumato.models.unet import UNetConfig
 from sfumato.models.vq import VQConfig
 
 Task = Literal["text", "inpaint", "depth", "instruct", "upscale", "class", "unconditional"]
-DenoiserConfig = UNetConfig
+DenoiserConfig = UNetConfig | MMDiTConfig
 VAEConfig = AutoencoderConfig | VQConfig
-TextConfig = CLIPTextConfig | LDMBertConfig | ClassEmbedderConfig
+TextConfig = CLIPTextConfig | LDMBertConfig | ClassEmbedderConfig | T5Config
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,22 @@ class Preset:
     @property
     def prediction(self) -> str:
         """What the network predicts, by the name that configs use."""
-        return str(self.scheduler.get("prediction_type", "epsilon"))
+        return prediction_of(self.scheduler)
+
+    @property
+    def grain(self) -> int:
+        """What the sides of a picture must be multiples of, in pixels: what the autoencoder joins, in whole patches."""
+        return self.vae.factor * (self.denoiser.patch_size if isinstance(self.denoiser, MMDiTConfig) else 1)
 
     def predicting(self, prediction: str) -> Preset:
         """The same model with another prediction type."""
         return replace(self, scheduler=frozen(self.scheduler, prediction_type=prediction))
+
+
+def prediction_of(scheduler: Mapping[str, Any]) -> str:
+    """What a network predicts, by the entries of its `scheduler_config.json`."""
+    flows = str(scheduler.get("_class_name")).startswith("FlowMatch")
+    return str(scheduler.get("prediction_type", "flow_prediction" if flows else "epsilon"))
 
 
 def frozen(entries: Mapping[str, Any], **changes: Any) -> Mapping[str, Any]:

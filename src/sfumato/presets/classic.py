@@ -274,7 +274,7 @@ MINI = replace(
     SD15,
     name="mini",
     title="the built-in model",
-    denoiser=replace(SD15.denoiser, cross_attention_dim=256),
+    denoiser=UNetConfig(sample_size=64, cross_attention_dim=256),
     width=128,
     height=128,
     num_inference_steps=20,

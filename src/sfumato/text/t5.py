@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,11 +36,13 @@ class T5Tokenizer:
 
     backend:    cuts a text into pieces; it knows <pad> and </s>.
     max_length: tokens a text is padded or cut to, the end token included; there is no start token.
-    model:      the bytes of the SentencePiece file that it was read from, to be written again; None without.
+    files:      the files that it was read from by name, to be written again as they were.
     Raises ValueError when <pad> or </s> is missing.
     """
 
-    def __init__(self, backend: Tokenizer, max_length: int = T5_LENGTH, model: bytes | None = None) -> None:
+    def __init__(
+        self, backend: Tokenizer, max_length: int = T5_LENGTH, files: Mapping[str, bytes] = MappingProxyType({})
+    ) -> None:
         if max_length < 2:
             raise ValueError(f"max_length {max_length} leaves no room for a piece; give 2 or more")
         pad, end = backend.token_to_id(PAD), backend.token_to_id(END)
@@ -50,7 +53,7 @@ class T5Tokenizer:
             )
         self.backend = backend
         self.max_length = max_length
-        self.model = model
+        self.files = dict(files)
         self.eos_id, self.pad_id = end, pad
 
     def __len__(self) -> int:
@@ -95,11 +98,11 @@ class T5Tokenizer:
     def save(self, folder: Path | str) -> None:
         """Write the files of a `tokenizer_3/` folder, which transformers' T5TokenizerFast opens as well."""
         folder = Path(folder)
-        with replacing(folder / JSON_FILE) as temporary:
-            self.backend.save(str(temporary))
-        if self.model is not None:
-            with replacing(folder / MODEL_FILE) as temporary:
-                temporary.write_bytes(self.model)
+        # A vocabulary that goes through text twice is not the same to the last digit.
+        written = {JSON_FILE: self.backend.to_str(pretty=True).encode(), **self.files}
+        for name, data in written.items():
+            with replacing(folder / name) as temporary:
+                temporary.write_bytes(data)
         roles = {"eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN}
         config = {"tokenizer_class": "T5TokenizerFast", "model_max_length": self.max_length, "extra_ids": 0, **roles}
         with replacing(folder / "tokenizer_config.json") as temporary:
@@ -112,9 +115,11 @@ class T5Tokenizer:
         Raises FileNotFoundError without either, ValueError when it is not a unigram vocabulary with T5's tokens.
         """
         folder = Path(folder)
-        for name in (JSON_FILE, MODEL_FILE):
-            if (folder / name).is_file():
-                return cls.from_file(folder / name, max_length)
+        there = [folder / name for name in (JSON_FILE, MODEL_FILE) if (folder / name).is_file()]
+        if there:
+            found = cls.from_file(there[0], max_length)
+            found.files |= {path.name: path.read_bytes() for path in there[1:]}
+            return found
         raise FileNotFoundError(
             f"{folder} has neither {JSON_FILE} nor {MODEL_FILE}: put T5's there (from the tokenizer_3 folder of Stable "
             "Diffusion 3, or any T5 v1.1), or leave the T5 encoder out"
@@ -133,9 +138,9 @@ class T5Tokenizer:
             backend = Tokenizer.from_file(str(path))
             backend.no_padding()
             backend.no_truncation()
-            return cls(backend, max_length)
+            return cls(backend, max_length, {JSON_FILE: path.read_bytes()})
         data = path.read_bytes()
-        return cls(unigram(read_sentencepiece(data, str(path))), max_length, data)
+        return cls(unigram(read_sentencepiece(data, str(path))), max_length, {MODEL_FILE: data})
 
     def _encoded(
         self,

@@ -10,19 +10,22 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.cond import Cond
 from sfumato.models.bert import LDMBertModel
 from sfumato.models.classes import ClassEmbedder
 from sfumato.models.clip import CLIPTextModel
+from sfumato.models.t5 import T5EncoderModel
 from sfumato.text.bert import BertTokenizer
 from sfumato.text.encode import encode_prompt, encode_prompts
-from sfumato.text.prompt import check_rule, schedule
+from sfumato.text.prompt import check_rule, parse, schedule
+from sfumato.text.t5 import T5_LENGTH, T5Tokenizer
 from sfumato.text.tokenizer import ClipTokenizer
 
-TextEncoder = CLIPTextModel | LDMBertModel | ClassEmbedder
-Tokenizer = ClipTokenizer | BertTokenizer
+TextEncoder = CLIPTextModel | LDMBertModel | ClassEmbedder | T5EncoderModel
+Tokenizer = ClipTokenizer | BertTokenizer | T5Tokenizer
 Cache = dict[tuple[str, int, str], Cond]
 Clip = tuple[ClipTokenizer, CLIPTextModel]
 
@@ -38,12 +41,18 @@ class Towers:
     CLIP, alone:     Cond(context (1, n * L, D)), see `encode_prompt`.
     CLIP, second:    as Stable Diffusion XL does, with the first one or without: the states of the last layer but one
                      side by side in width, without the final norm, and pooled (1, P), what the second one projects.
+    T5EncoderModel:  after CLIP towers, as Stable Diffusion 3 does, see `joint`.
+    joint:           the width of the context of a transformer, None for a U-Net. The CLIP towers, however many, are
+                     read as in a pair and filled up with zeros to that width; what T5 says of the text without its
+                     weights follows, zeros where it is missing; pooled (1, P) is what all towers project, side by
+                     side. A context that the CLIP towers fill by themselves has no such second part.
     zeros_for_empty: an empty negative prompt gives zeros, not what the towers make of no words.
     """
 
     encoders: tuple[TextEncoder | None, ...] = ()
     tokenizers: tuple[Tokenizer | None, ...] = ()
     zeros_for_empty: bool = False
+    joint: int | None = None
 
     @property
     def present(self) -> list[TextEncoder]:
@@ -66,6 +75,22 @@ class Towers:
         """Whether they are read as Stable Diffusion XL's: there is a second one."""
         return any(encoder is not None for encoder in self.encoders[1:])
 
+    @property
+    def t5(self) -> tuple[T5Tokenizer, T5EncoderModel] | None:
+        """T5 with its tokenizer, None where it is missing; TypeError for a tokenizer of another kind."""
+        for encoder, tokenizer in zip_longest(self.encoders, self.tokenizers):
+            if isinstance(encoder, T5EncoderModel):
+                if not isinstance(tokenizer, T5Tokenizer):
+                    raise TypeError(f"a T5 text encoder with a {type(tokenizer).__name__}; give a T5Tokenizer")
+                return tokenizer, encoder
+        return None
+
+    @property
+    def lacks_t5(self) -> bool:
+        """Whether zeros stand for what T5 would say."""
+        wide = sum(encoder.config.hidden_size for _, encoder in self.clips)
+        return self.joint is not None and wide < self.joint and self.t5 is None
+
     def replaced(self, tokenizers: Sequence[ClipTokenizer]) -> Towers:
         """The same with other tokenizers for the CLIP towers, in their order."""
         others = iter(tokenizers)
@@ -80,7 +105,8 @@ class Towers:
         another encoder than CLIP, and what `encode_prompt` refuses; TypeError for a tokenizer of another kind.
         """
         if self.clips:
-            return self._read(lambda clip: encode_prompt(*clip, text, clip_skip, rule, self.paired), clip_skip, rule)
+            plain = text if rule == "none" else _unweighted(text)
+            return self._read(lambda clip: encode_prompt(*clip, text, clip_skip, rule, self._bare), [plain], clip_skip)
         check_rule(rule)
         if clip_skip:
             raise ValueError(
@@ -99,7 +125,7 @@ class Towers:
         """
         if not self.clips:
             raise ValueError("this model has no CLIP text encoder; read its texts one by one with `condition`")
-        return self._read(lambda clip: encode_prompts(*clip, texts, clip_skip, self.paired), clip_skip, "none")
+        return self._read(lambda clip: encode_prompts(*clip, texts, clip_skip, self._bare), texts, clip_skip)
 
     def along(
         self,
@@ -129,21 +155,56 @@ class Towers:
         empty = negative and self.zeros_for_empty
         return [(end, zeros_like(cond) if empty and not words.strip() else cond) for end, words, cond in conds]
 
-    def _read(self, encode: Callable[[Clip], Cond], clip_skip: int, rule: str) -> Cond:
-        """What the CLIP towers say, each read by `encode`, taken together."""
+    @property
+    def _bare(self) -> bool:
+        """Whether the CLIP towers are read one layer earlier."""
+        return self.paired or self.joint is not None
+
+    def _read(self, encode: Callable[[Clip], Cond], texts: Sequence[str], clip_skip: int) -> Cond:
+        """What the CLIP towers say, each read by `encode`, taken together; texts: as T5 is to read them."""
         conds = [encode(clip) for clip in self.clips]
-        if not self.paired:
+        if not self._bare:
             return conds[0]
         length = max(_states(cond).shape[1] for cond in conds)
         columns = []
         for clip, cond in zip(self.clips, conds, strict=True):
             states = _states(cond)  # (B, n * L, D)
             if states.shape[1] < length:  # one tokenizer's chunks are fewer: empty ones follow
-                empty = _states(encode_prompt(*clip, "", clip_skip, rule, bare=True))  # (1, L, D)
+                empty = _states(encode_prompt(*clip, "", clip_skip, "none", bare=True))  # (1, L, D)
                 more = (length - states.shape[1]) // empty.shape[1]
                 states = torch.cat([states, empty.expand(len(states), -1, -1).repeat(1, more, 1)], dim=1)
             columns.append(states)
-        return Cond(context=torch.cat(columns, dim=-1), pooled=conds[-1].pooled)
+        context = torch.cat(columns, dim=-1)
+        if self.joint is None:
+            return Cond(context, conds[-1].pooled)
+        vectors = [cond.pooled for cond in conds if cond.pooled is not None]
+        if len(vectors) < len(conds):
+            raise ValueError(
+                "a transformer reads what its CLIP text encoders project, but one of them has no projection"
+            )
+        return Cond(self._joined(context, texts), torch.cat(vectors, dim=-1))
+
+    def _joined(self, context: Tensor, texts: Sequence[str]) -> Tensor:
+        """CLIP's states (B, L, D) at the joint width, and T5's, or zeros for these, after them."""
+        assert self.joint is not None
+        rest, t5 = self.joint - context.shape[-1], self.t5
+        if rest < 0 or (t5 is not None and t5[1].config.d_model != self.joint):
+            wide = context.shape[-1] if t5 is None else (context.shape[-1], t5[1].config.d_model)
+            raise ValueError(f"text encoders {wide} wide; the transformer reads {self.joint}: take those of its model")
+        if rest == 0 and t5 is None:
+            return context
+        context = F.pad(context, (0, rest))
+        if t5 is None:
+            return torch.cat([context, context.new_zeros(len(context), T5_LENGTH, self.joint)], dim=1)
+        tokenizer, encoder = t5
+        with torch.no_grad():
+            states = encoder(tokenizer(texts).to(encoder.device)).last_hidden_state
+        return torch.cat([context, states.to(context)], dim=1)
+
+
+def _unweighted(text: str) -> str:
+    """A prompt without its brackets and weights."""
+    return " ".join("".join(piece.text for piece in section) for section in parse(text))
 
 
 def zeros_like(cond: Cond) -> Cond:

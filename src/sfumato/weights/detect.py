@@ -18,7 +18,7 @@ from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.dpt import STATES, DPTConfig
 from sfumato.models.unet import UNetConfig
 from sfumato.models.vq import VQConfig
-from sfumato.presets import SINGLE, Preset, TextConfig, VAEConfig
+from sfumato.presets import SINGLE, DenoiserConfig, Preset, TextConfig, VAEConfig
 from sfumato.weights import compvis, dpt
 from sfumato.weights.keymap import KeyMap, Row
 from sfumato.weights.parts import network
@@ -287,7 +287,7 @@ def identify(weights: Weights, prediction: str | None = None, presets: Sequence[
     return Found(there, preset, evidence, any(name.startswith(EMA) for name in weights.infos))
 
 
-def config_of(preset: Preset, part: str) -> UNetConfig | VAEConfig | TextConfig | DPTConfig | None:
+def config_of(preset: Preset, part: str) -> DenoiserConfig | VAEConfig | TextConfig | DPTConfig | None:
     """A preset's configuration of one component."""
     return {UNET: preset.denoiser, VAE: preset.vae, TEXT: preset.text, DEPTH: preset.depth}[part]
 

@@ -1,11 +1,12 @@
 """The model folder of the diffusers layout: `model_index.json` and a sub-folder for each part.
 
 model_index.json
-unet/              config.json, diffusion_pytorch_model.safetensors
+unet/              config.json, diffusion_pytorch_model.safetensors; called transformer/ in Stable Diffusion 3
 vae/               likewise; called vqvae/ in models of the latent-diffusion kind
 text_encoder/      config.json, model.safetensors; called bert/ in the latent-diffusion text-to-image model;
-                   text_encoder_2/ likewise, in models with two
-tokenizer/         vocab.json, merges.txt, tokenizer_config.json, special_tokens_map.json; tokenizer_2/ likewise
+                   text_encoder_2/ likewise, in models with two, and text_encoder_3/, T5, in those with three
+tokenizer/         vocab.json, merges.txt, tokenizer_config.json, special_tokens_map.json; tokenizer_2/ likewise;
+                   tokenizer_3/ has T5's tokenizer.json or spiece.model
 scheduler/         scheduler_config.json; low_res_scheduler/ likewise, for upscalers
 depth_estimator/   as text_encoder/, for depth models; feature_extractor/preprocessor_config.json goes with it
 
@@ -30,8 +31,8 @@ from sfumato.files import read_json, write_json
 from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.depth import DepthEstimator, DPTProcessorConfig
 from sfumato.models.dpt import DPTConfig
+from sfumato.models.t5 import T5Config
 from sfumato.presets import DenoiserConfig
-from sfumato.text.bert import BertTokenizer
 from sfumato.text.towers import TextEncoder, Tokenizer
 from sfumato.weights import compvis
 from sfumato.weights.dpt import dpt_map
@@ -49,6 +50,7 @@ from sfumato.weights.layouts import (
     TEXTS,
     TOKENIZERS,
     VAES,
+    WRITTEN,
     XL,
     ZEROS,
     Layout,
@@ -56,6 +58,7 @@ from sfumato.weights.layouts import (
 from sfumato.weights.parts import VAE, Components, Denoiser, HasComponents, network, towers_of
 from sfumato.weights.safe import fill, write_tensors
 from sfumato.weights.source import open_weights
+from sfumato.weights.t5 import t5_map
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -203,7 +206,7 @@ def save_folder(parts: HasComponents, path: Path | str, dtype: torch.dtype | Non
             class_name = _save_network(part, path / name, file, dtype)
         elif name in layout.tokenizers:
             part.save(path / name)
-            class_name = "BertTokenizer" if isinstance(part, BertTokenizer) else "CLIPTokenizer"
+            class_name = next(name for kind, name in WRITTEN.items() if isinstance(part, kind))
         else:
             part.save_pretrained(path / name)
             class_name = type(part).__name__
@@ -340,6 +343,8 @@ def _spelling(config: Any, names: Collection[str]) -> KeyMap | None:
         return compvis.clip_map(config) if whole else compvis.bare_clip_map(config)
     if isinstance(config, DPTConfig):
         return dpt_map(config)
+    if isinstance(config, T5Config):
+        return t5_map(config)
     old = any(name.endswith(".query.weight") for name in names)
     return compvis.old_attention_map(config) if old else None
 
@@ -396,5 +401,7 @@ def _checked_family(path: Path, family: str, config: DenoiserConfig, latent: int
     }
     allowed = [latent + more for more in extra.get(family, (0,))]
     if channels not in allowed:
-        raise ValueError(f"{path}: the unet takes {channels} channels; that of a {family} takes {allowed[0]}")
+        raise ValueError(
+            f"{path}: the {LAYOUTS[family].denoiser} takes {channels} channels; that of a {family} takes {allowed[0]}"
+        )
     return PLAIN.get(family, family) if channels == latent and first else family

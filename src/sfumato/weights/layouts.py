@@ -11,9 +11,12 @@ from sfumato.models.bert import LDMBertConfig
 from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.dpt import DPTConfig
+from sfumato.models.mmdit import MMDiTConfig
+from sfumato.models.t5 import T5Config
 from sfumato.models.unet import UNetConfig
 from sfumato.models.vq import VQConfig
 from sfumato.text.bert import BertTokenizer
+from sfumato.text.t5 import T5Tokenizer
 from sfumato.text.tokenizer import ClipTokenizer
 
 LOW_RES = "low_res_scheduler"
@@ -73,6 +76,14 @@ XL = Layout(
     optional=("text_encoder", "tokenizer"),
     absent=("feature_extractor", "image_encoder"),
 )
+# Without T5 zeros stand for what it says; the smallest has one tower.
+SD3 = Layout(
+    denoiser="transformer",
+    text_encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
+    tokenizers=("tokenizer", "tokenizer_2", "tokenizer_3"),
+    optional=("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
+    absent=("feature_extractor", "image_encoder"),
+)
 LAYOUTS: Mapping[str, Layout] = {
     "StableDiffusionPipeline": CHECKED,
     "StableDiffusionInpaintPipeline": CHECKED,
@@ -89,6 +100,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
     "StableDiffusionXLInpaintPipeline": XL,
+    "StableDiffusion3Pipeline": SD3,
 }
 # Classes with the parts of another one: what is made of these is decided by the request.
 ALIASES: Mapping[str, str] = {
@@ -98,6 +110,10 @@ ALIASES: Mapping[str, str] = {
     "StableDiffusionPipelineSafe": "StableDiffusionPipeline",
     "StableDiffusionInpaintPipelineLegacy": "StableDiffusionPipeline",
     "StableDiffusionPAGInpaintPipeline": "StableDiffusionInpaintPipeline",
+    "StableDiffusion3Img2ImgPipeline": "StableDiffusion3Pipeline",
+    "StableDiffusion3InpaintPipeline": "StableDiffusion3Pipeline",
+    "StableDiffusion3PAGPipeline": "StableDiffusion3Pipeline",
+    "StableDiffusion3PAGImg2ImgPipeline": "StableDiffusion3Pipeline",
 }
 # The class of the same parts when nothing but text and noise goes in.
 PLAIN: Mapping[str, str] = {
@@ -106,20 +122,30 @@ PLAIN: Mapping[str, str] = {
     "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
 }
 UNETS: Mapping[str, type] = {"UNet2DConditionModel": UNetConfig, "UNet2DModel": UNetConfig}
-DENOISERS: Mapping[str, type] = {**UNETS}
+TRANSFORMERS: Mapping[str, type] = {"SD3Transformer2DModel": MMDiTConfig}
+DENOISERS: Mapping[str, type] = {**UNETS, **TRANSFORMERS}
 VAES: Mapping[str, type] = {"AutoencoderKL": AutoencoderConfig, "VQModel": VQConfig}
 TEXTS: Mapping[str, type] = {
     "CLIPTextModel": CLIPTextConfig,
     "CLIPTextModelWithProjection": CLIPTextConfig,
+    "T5EncoderModel": T5Config,
     "LDMBertModel": LDMBertConfig,
     "ClassEmbedder": ClassEmbedderConfig,
 }
 DEPTHS: Mapping[str, type] = {"DPTForDepthEstimation": DPTConfig}
-TOKENIZERS: Mapping[str, type[ClipTokenizer] | type[BertTokenizer]] = {
+TOKENIZERS: Mapping[str, type[ClipTokenizer] | type[BertTokenizer] | type[T5Tokenizer]] = {
     "CLIPTokenizer": ClipTokenizer,
     "CLIPTokenizerFast": ClipTokenizer,
+    "T5Tokenizer": T5Tokenizer,
+    "T5TokenizerFast": T5Tokenizer,
     "BertTokenizer": BertTokenizer,
     "BertTokenizerFast": BertTokenizer,
+}
+# The class that the index names for a tokenizer of ours.
+WRITTEN: Mapping[type, str] = {
+    ClipTokenizer: "CLIPTokenizer",
+    BertTokenizer: "BertTokenizer",
+    T5Tokenizer: "T5TokenizerFast",
 }
 # The library that the index names for a class, diffusers where none is listed.
 LIBRARIES: Mapping[str, str] = {
@@ -127,6 +153,8 @@ LIBRARIES: Mapping[str, str] = {
     "CLIPTextModelWithProjection": "transformers",
     "CLIPTokenizer": "transformers",
     "BertTokenizer": "transformers",
+    "T5EncoderModel": "transformers",
+    "T5TokenizerFast": "transformers",
     "DPTForDepthEstimation": "transformers",
     "DPTImageProcessor": "transformers",
     "LDMBertModel": "latent_diffusion",

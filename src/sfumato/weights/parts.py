@@ -15,21 +15,25 @@ from sfumato.models.classes import ClassEmbedder, ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
 from sfumato.models.depth import DepthEstimator
 from sfumato.models.dpt import DPTConfig
+from sfumato.models.mmdit import MMDiT, MMDiTConfig
+from sfumato.models.t5 import T5Config, T5EncoderModel
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.models.vq import VQConfig, VQModel
 from sfumato.presets import Preset, of_folder
 from sfumato.text.towers import TextEncoder, Tokenizer, Towers
 from sfumato.weights.meta import on_meta
 
-Denoiser = UNet
+Denoiser = UNet | MMDiT
 VAE = AutoencoderKL | VQModel
 
 NETWORKS: Mapping[type, Callable[[Any], nn.Module]] = {
     UNetConfig: UNet,
+    MMDiTConfig: MMDiT,
     AutoencoderConfig: AutoencoderKL,
     VQConfig: VQModel,
     CLIPTextConfig: CLIPTextModel,
     LDMBertConfig: LDMBertModel,
+    T5Config: T5EncoderModel,
     ClassEmbedderConfig: ClassEmbedder,
     DPTConfig: DepthEstimator,
 }
@@ -45,9 +49,10 @@ def network(config: Any) -> nn.Module:
 class Components:
     """The parts of a model.
 
-    denoiser:                the network that denoises, also under the name that its kind has: `unet`.
+    denoiser:                the network that denoises, also under the name that its kind has: `unet`, `transformer`.
     text_encoder, tokenizer: None where the model has no condition; the tokenizer also for class labels. Stable
-                             Diffusion XL has a second pair; the refiner has that one alone.
+                             Diffusion XL has a second pair; the refiner has that one alone. Stable Diffusion 3 has
+                             a third, T5, which may be missing.
     low_res_scheduler:       the noise that an upscaler adds to its small picture; None for other models.
     pipeline:                the class that `model_index.json` names for such a model.
     depth_estimator:         what a depth model makes its depth with; None where it came without, and for others.
@@ -72,6 +77,11 @@ class Components:
     def unet(self) -> UNet:
         """The denoiser where it is a U-Net; AttributeError where it is not."""
         return as_unet(self.denoiser)
+
+    @property
+    def transformer(self) -> MMDiT:
+        """The denoiser where it is a transformer; AttributeError where it is not."""
+        return as_transformer(self.denoiser)
 
     @property
     def towers(self) -> Towers:
@@ -122,12 +132,20 @@ def as_unet(denoiser: Denoiser) -> UNet:
     return denoiser
 
 
+def as_transformer(denoiser: Denoiser) -> MMDiT:
+    """The denoiser as a transformer; AttributeError where it is another network."""
+    if not isinstance(denoiser, MMDiT):
+        raise AttributeError(f"this model denoises with a {type(denoiser).__name__}, not a transformer; see `denoiser`")
+    return denoiser
+
+
 def towers_of(parts: HasComponents) -> Towers:
     """The text encoders of some parts with their tokenizers, in their order."""
     return Towers(
         (parts.text_encoder, parts.text_encoder_2, parts.text_encoder_3),
         (parts.tokenizer, parts.tokenizer_2, parts.tokenizer_3),
         parts.force_zeros_for_empty_prompt,
+        parts.denoiser.config.joint_attention_dim if isinstance(parts.denoiser, MMDiT) else None,
     )
 
 

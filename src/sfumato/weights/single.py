@@ -36,6 +36,7 @@ from sfumato.models.vq import VQConfig
 from sfumato.presets import SINGLE, Preset, TextConfig, of_folder
 from sfumato.text.bert import BertTokenizer
 from sfumato.text.standard import bert_tokenizer, clip_tokenizer
+from sfumato.text.t5 import T5Tokenizer
 from sfumato.text.tokenizer import END, ClipTokenizer
 from sfumato.weights import compvis
 from sfumato.weights.detect import (
@@ -216,7 +217,7 @@ def noted(raw: Mapping[str, Any]) -> Preset:
 
 def tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, str] | None:
     """The files of a tokeniser's folder by name; None for none and for the public vocabularies."""
-    if tokenizer is None:
+    if tokenizer is None or isinstance(tokenizer, T5Tokenizer):
         return None
     public = clip_tokenizer() if isinstance(tokenizer, ClipTokenizer) else bert_tokenizer()
     if tokenizer.vocabulary == public.vocabulary:
