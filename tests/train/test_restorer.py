@@ -15,20 +15,30 @@ from sfumato.data.icons import IconSet
 from sfumato.models.pixels import Fold
 from sfumato.models.unet import UNet
 from sfumato.pipelines.restore import load_pixel_model
-from sfumato.train.restorer import CONFIG, EVERY, LOOP, held_out_codes, hints, learned, save_restorer, train_restorer
+from sfumato.train.restorer import (
+    CONFIG,
+    EVERY,
+    LOOP,
+    held_out_codes,
+    hints,
+    learned,
+    save_restorer,
+    train_restorer,
+    validation_codes,
+)
 
 TINY = replace(CONFIG, block_out_channels=(8, 8, 8), norm_num_groups=2, attention_head_dim=8)
 
 
 @pytest.fixture(scope="module")
 def icons(tmp_path_factory: pytest.TempPathFactory) -> IconSet:
-    """Twenty-one discs of code points that no concept has."""
+    """A hundred discs of code points that no concept has."""
     root = tmp_path_factory.mktemp("icons")
     (root / "3d").mkdir()
     rows = []
-    for i in range(21):
+    for i in range(100):
         image = Image.new("RGBA", (128, 128))
-        ImageDraw.Draw(image).ellipse((20, 20 + i, 108, 108), fill=(200, 10 * i, 40, 255))
+        ImageDraw.Draw(image).ellipse((20, 20 + i // 2, 108, 108), fill=(200, 2 * i, 40, 255))
         code = f"E{i:03X}"
         image.save(root / "3d" / f"{code}.png")
         rows.append({"code": code, "label": f"disc {i}", "tags": [], "style": "3d", "file": f"3d/{code}.png"})
@@ -36,22 +46,23 @@ def icons(tmp_path_factory: pytest.TempPathFactory) -> IconSet:
     return IconSet(root)
 
 
-def test_a_tenth_is_held_out_and_never_shown(icons: IconSet) -> None:
-    held = held_out_codes(icons)
-    assert len(held) == -(-21 // EVERY)
-    assert held.isdisjoint(learned(icons)) and len(held) + len(learned(icons)) == 21
+def test_some_are_never_shown_and_those_measured_are_none_of_validation(icons: IconSet) -> None:
+    held, tuned, shown = held_out_codes(icons), validation_codes(icons), set(learned(icons))
+    print(sorted(held))
+    assert len(tuned) == -(-100 // EVERY) and 2 <= len(held) <= 15
+    assert len(held | tuned | shown) == len(held) + len(tuned) + len(shown) == 100
 
 
 def test_hints_have_every_kind_in_the_networks_shape() -> None:
     x = torch.zeros(8, 3, 16, 16)
     told = hints(x, Fold(2), np.random.default_rng(0), torch.Generator().manual_seed(0))
-    assert told.shape == (8, 12 + 4 + 1, 8, 8)
+    assert told.shape == (8, 12 + 12 + 4 + 1, 8, 8)
     assert bool(told.isfinite().all())
 
 
 def test_trains_writes_and_opens(icons: IconSet, tmp_path: Path) -> None:
-    loop = replace(LOOP, steps=100, batch_size=8, lr=5e-3, save_every=100, warmup=2, cooldown=5, ema=0.5)
-    net = train_restorer(icons, tmp_path / "run", loop, {0: 16}, pool=4, config=TINY)
+    loop = replace(LOOP, steps=40, batch_size=4, lr=5e-3, save_every=40, warmup=2, cooldown=5, ema=0.5)
+    net = train_restorer(icons, tmp_path / "run", loop, {0: 24}, pool=4, config=TINY)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     print(losses)
     assert losses[-1] < losses[0]

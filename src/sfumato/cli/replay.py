@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+MOST_COMPANY = 64  # a file that names more than anybody makes together is not followed
 WORDS = {
     "sfumato": "sfumato",
     "torch": "PyTorch",
@@ -17,10 +18,12 @@ WORDS = {
     "precision": "precision",
     "threads": "threads",
     "batch": "batch",
+    "company": "place in its batch",
     "model_hash": "the model's sha256",
     "model_files_hash": "the sha256 of the model's files",
     "vae_hash": "the autoencoder's sha256",
     "vae_files_hash": "the sha256 of the autoencoder's files",
+    "picture_hash": "the sha256 of the damaged picture",
 }
 
 
@@ -75,9 +78,10 @@ def replay(
         request, precision or as_then(then, device), device, batch or then.get("batch"), threads or then.get("threads")
     )
     singles = pipe.resolve(request)
+    company = company_of(then) if len(singles) == 1 else None
     with Watch(pipe, singles, quiet, as_json) as watch:
-        paths = write(pipe, request, singles, places, watch)
-    tell_sameness(picture, paths[-1], then, MadeWith(pipe).get(), quiet, as_json)
+        paths = write(pipe, request, singles, places, watch, company)
+    tell_sameness(picture, paths[-1], then, MadeWith(pipe).get(company), quiet, as_json)
 
 
 def tell_sameness(
@@ -94,6 +98,13 @@ def tell_sameness(
         print(words, file=sys.stderr)
         for line in () if same else differences:
             print(f"note: {line}", file=sys.stderr)
+
+
+def company_of(made_with: Mapping[str, Any]) -> tuple[int, int] | None:
+    """A picture's place and the number of those that it was made with, as its file says it; None where it does not."""
+    found = made_with.get("company")
+    whole = isinstance(found, list) and len(found) == 2 and all(type(number) is int for number in found)
+    return (found[0], found[1]) if found and whole and 0 <= found[0] < found[1] <= MOST_COMPANY else None
 
 
 def recipe(

@@ -86,6 +86,7 @@ def made(asked: Restored, places: Places, quiet: bool = False) -> tuple[Path, di
         pipe, threads = None, torch.get_num_threads()
         made_with = {"sfumato": __version__, "torch": torch.__version__, "device": "cpu", "precision": "float32"}
         made_with |= {"threads": threads, "model_hash": fingerprint(WEIGHTS)}
+    made_with["picture_hash"] = fingerprint(Path(asked.picture))
     options = {name: value for name, value in asdict(asked).items() if name != "model"}
     found = repair(**options, pipe=pipe)
     damage = found.damage

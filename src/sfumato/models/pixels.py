@@ -46,15 +46,16 @@ class Fold(nn.Module):
         """(B, 3 f², H / f, W / f) to pictures (B, 3, H, W)."""
         return F.pixel_shuffle(z, self.config.factor)
 
-    def hint(self, guess: Tensor, sharpness: Tensor, noise: float | Tensor) -> Tensor:
-        """What a network is told of a degraded picture: (B, 4 f² + 1, H / f, W / f).
+    def hint(self, guess: Tensor, shown: Tensor, sharpness: Tensor, noise: float | Tensor) -> Tensor:
+        """What a network is told of a degraded picture: (B, 7 f² + 1, H / f, W / f).
 
-        guess (B, 3, H, W): a first restoration. sharpness (B, 1, H, W): how well each pixel was seen, 0 to 1.
+        guess (B, 3, H, W): a first restoration. shown (B, 3, H, W): what was seen, at the picture's size.
+        sharpness (B, 1, H, W): how well each pixel was seen, 0 to 1.
         noise: deviation of the noise that was in it, a number or (B, 1, 1, 1).
         """
         places = self.to_latents(guess)
         level = torch.as_tensor(noise, dtype=guess.dtype, device=guess.device).expand_as(places[:, :1])
-        return torch.cat([places, self.to_latents(sharpness), level], dim=1)
+        return torch.cat([places, self.to_latents(shown), self.to_latents(sharpness), level], dim=1)
 
     def doubt(self, hint: Tensor) -> Tensor:
         """The deviation that is expected of a hint's guess, for each of its numbers: (B, 3 f², H / f, W / f).
@@ -62,7 +63,7 @@ class Fold(nn.Module):
         The noise of what was seen, and UNSEEN for pixels that were not seen at all.
         """
         places = self.config.latent_channels
-        sharpness, noise = hint[:, places:-1], hint[:, -1:]
+        sharpness, noise = hint[:, 2 * places : -1], hint[:, -1:]
         doubt = (noise.square() + (UNSEEN * (1 - sharpness)).square()).sqrt().clamp(min=LEAST)
         return doubt.repeat(1, 3, 1, 1)
 
@@ -85,20 +86,21 @@ class Hinted:
         left = (trust + light).reciprocal()
         return left * (trust * guess + light / alpha.clamp(min=1e-6) * x), left.sqrt()
 
-    def rest(self, x: Tensor, t: Tensor, mean: Tensor, left: Tensor, hint: Tensor) -> Tensor:
-        """What the network says of (x0 - mean) / left, like x.
+    def rest(self, t: Tensor, mean: Tensor, left: Tensor, hint: Tensor) -> Tensor:
+        """What the network says of (x0 - mean) / left, like them.
 
-        It also sees how the mean differs from its surroundings, near and wide, in the same units: most of that is what
-        remains, and no network would have to learn how strong it is.
+        The mean stands for x: it holds all that x adds to the guess, and at pure noise that is nothing, where x would
+        be chaff. The network also sees how the mean differs from its surroundings, near and wide, in the same units:
+        most of that is what remains, and no network would have to learn how strong it is.
         """
         pixels = self.fold.to_pixels(mean)
         near, wide = (F.avg_pool2d(pixels, n, 1, n // 2, count_include_pad=False) for n in REACHES)
         details = [(self.fold.to_latents(v) / left).clamp(-5, 5) for v in (pixels - near, near - wide)]
         seen = torch.cat([hint, *details], dim=1)
-        x, seen = (v.contiguous(memory_format=torch.channels_last) for v in (x, seen))
-        return self.unet(x, t, Cond(concat=seen))
+        mean, seen = (v.contiguous(memory_format=torch.channels_last) for v in (mean, seen))
+        return self.unet(mean, t, Cond(concat=seen))
 
     def x0(self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, hint: Tensor) -> Tensor:
         """The clean picture, folded."""
         mean, left = self.ground(x, alpha, sigma, hint)
-        return mean + left * self.rest(x, t, mean, left, hint)
+        return mean + left * self.rest(t, mean, left, hint)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import ceil, log2
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -27,8 +26,9 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.cond import Cond
-from sfumato.diffusion.degrade import DEGRADATIONS, Blur, Degradation, LowRes, Missing, Noise, noise_level
+from sfumato.diffusion.degrade import DEGRADATIONS, Blur, Degradation, LowRes, Missing, Noise
 from sfumato.diffusion.drive import Run, drive
+from sfumato.diffusion.estimate import noise_level, put_back
 from sfumato.diffusion.guidance import CFG, Guidance, Plain
 from sfumato.diffusion.path import VPPath, betas
 from sfumato.diffusion.posterior import Descended, Projected
@@ -48,10 +48,11 @@ WEIGHTS = Path(__file__).parents[1] / "assets" / "restorer.safetensors"
 LOUD = 0.3  # a deviation, from 0 to 1, above which pixels by themselves say too little
 REMAINS = 0.4  # of the noise's deviation in a smaller picture that was restored
 FAINT = 0.01  # the least deviation, from 0 to 1, that is taken for noise where nobody said what is wrong
-SPREAD = 0.1  # deviation of what a guess leaves open
-STEPS = MappingProxyType({"noise": 1, "missing": 1, "blur": 3, "lowres": 3})  # of the pixel model, as measured best
+SPREAD = 0.02  # deviation of what the network leaves open; what was seen under louder noise changes little
+STEPS = 1  # of the pixel model, as measured best
 LATENT_STEPS = 50
 LATENT_STRENGTH = 0.6  # how far a latent model leaves the first guess
+LIMITS = (-1.0, 1.0)  # black and white, at which a file cuts noise off
 KINDS = ("auto", *DEGRADATIONS)
 
 
@@ -84,20 +85,25 @@ class PixelModel:
     def __call__(self, seen: Tensor, damage: Damage, seed: int = 0, steps: int | None = None) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of what is seen of them; sides that the fold's factor divides.
 
-        Where noise is loud, half the size has half of it: that picture is restored first, and then enlarged.
-        steps: 1 gives the mean of what is possible, more a sample of it; None takes STEPS.
+        Where noise is loud, half the size has half of it: that picture is restored and enlarged, and the mean of it
+        and of what is made of the whole one is nearer than either.
+        steps: 1 gives the mean of what is possible, more a sample of it, which measures worse; None takes STEPS.
         """
         if damage.name == "noise" and damage.noise > LOUD:
             half = Damage("noise", damage.operator, damage.noise / 2)
             small = self(F.avg_pool2d(seen, 2), half, seed, steps)
-            return self(small, Damage("lowres", LowRes(2), REMAINS * half.noise), seed, steps)
+            large = self(small, Damage("lowres", LowRes(2), REMAINS * half.noise), seed, steps)
+            return (large + self._restored(seen, damage, seed, steps)) / 2
+        return self._restored(seen, damage, seed, steps)
+
+    def _restored(self, seen: Tensor, damage: Damage, seed: int, steps: int | None) -> Tensor:
         fold, noise, operator = self.fold, 2 * damage.noise, damage.operator
         guess = operator.guess(seen, noise)
-        hint = fold.hint(guess, operator.sharpness(guess), noise)
+        hint = fold.hint(guess, operator.shown(seen), operator.sharpness(guess), noise)
         guidance: Guidance = Plain(Cond(concat=hint))
         if damage.name != "noise":  # with noise alone the hint has said all that was seen
             guidance = Projected(guidance, operator, seen, noise, fold.to_pixels, fold.to_latents, SPREAD)
-        plan = self.scheduler.plan(steps or STEPS[damage.name])
+        plan = self.scheduler.plan(steps or STEPS)
         draw = partial(_drawn, torch.Generator().manual_seed(seed))
         x = draw(hint[:, : fold.config.latent_channels]) * plan.init_scale
         run = Run.begin(plan.sampler, x, plan.grid, draw, guidance, self.scheduler.prediction)
@@ -155,7 +161,7 @@ def restore(
     seen = to_tensor([_opaque(image)])
     name = _kind(degradation, image, mask, blur, scale, seen, noise)
     known = _known(image, mask) if name == "missing" else None
-    level = noise_level(seen, known) / 2 if noise is None and (name in ("noise", "missing")) else noise or 0.0
+    level = _level(seen, known) if noise is None and (name in ("noise", "missing")) else noise or 0.0
     if not 0 <= level <= 10:
         raise ValueError(f"noise = {level:g}; give a deviation from 0 to 10, on the scale of pictures from 0 to 1")
     factor = load_pixel_model().fold.config.factor if pipe is None else pipe.vae.config.factor
@@ -165,6 +171,9 @@ def restore(
     height, width = seen.shape[2:]
     seen, known = _filled_up(seen, unit), None if known is None else _filled_up(known, unit)
     damage = Damage(name, _operator(name, known, blur, scale), 0.0 if level < 1 / 512 else level)
+    if damage.noise and name in ("noise", "missing"):
+        deviation = 2 * damage.noise
+        seen = put_back(seen, damage.operator.guess(seen, deviation), deviation, LIMITS)
     if known is not None:
         seen = seen * known
     if pipe is None:
@@ -259,9 +268,9 @@ def _kind(
         given = [name for name, is_said in said.items() if is_said]
         if len(given) > 1:
             raise ValueError(f"what is given speaks for {' and '.join(given)}; say which with degradation")
-        if not given and noise is None and noise_level(seen) / 2 < FAINT:
+        if not given and noise is None and _level(seen) < FAINT:
             raise ValueError(
-                f"the picture has no noise to speak of ({noise_level(seen) / 2:.3f}); "
+                f"the picture has no noise to speak of ({_level(seen):.3f}); "
                 "give a mask, a blur or a scale, or say degradation = noise with its deviation"
             )
         return given[0] if given else "noise"
@@ -269,6 +278,11 @@ def _kind(
     if degradation in needs and not said[degradation]:
         raise ValueError(f"degradation = {degradation} needs {needs[degradation]}")
     return degradation
+
+
+def _level(seen: Tensor, known: Tensor | None = None) -> float:
+    """The deviation of a picture's noise on the scale from 0 to 1."""
+    return noise_level(seen, known, LIMITS) / 2
 
 
 def _operator(name: str, known: Tensor | None, blur: float | None, scale: int | None) -> Degradation:
