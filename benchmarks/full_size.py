@@ -59,8 +59,8 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def random_weights(module: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Float32 values for all parameters of a module, which may be on `meta`.
+def random_weights(module: nn.Module, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Values for all parameters of a module, which may be on `meta`.
 
     Matrices and filters keep the variance of what they are applied to; norms and biases are random, too.
     """
@@ -78,7 +78,7 @@ def random_weights(module: nn.Module, seed: int) -> dict[str, Tensor]:
             values.mul_(p[0].numel() ** -0.5)
         if name.startswith("decoder.conv_out"):
             values.mul_(0.35)  # or most pixels would be clipped
-        tensors[name] = values
+        tensors[name] = values.to(dtype)
     return tensors
 
 
@@ -90,7 +90,7 @@ def has_pipeline(preset: Preset) -> bool:
 def make(preset: Preset, folder: Path, seed: int = 0) -> None:
     """Write a random model folder: by diffusers where it has such a pipeline, else by us."""
     if not has_pipeline(preset):
-        save_folder(_ours(preset, seed), folder)
+        save_folder(ours(preset, seed), folder)
         return
     import diffusers
 
@@ -102,7 +102,7 @@ def make(preset: Preset, folder: Path, seed: int = 0) -> None:
         module.load_state_dict(random_weights(module, seed + i), assign=True)
         parts[name] = module
     vocabulary = folder / "vocabulary"
-    _tokenizer(preset).save(vocabulary)
+    _tokenizer(preset, preset.text).save(vocabulary)
     parts["tokenizer"] = _peer_tokenizer(vocabulary)
     parts["scheduler"] = _peer_scheduler(preset.scheduler)
     if preset.low_res_scheduler is not None:
@@ -149,7 +149,7 @@ def _kinds(preset: Preset) -> dict[str, tuple[Any, dict[str, Any]]]:
         "CLIPTextModel": (transformers.CLIPTextModel, transformers.CLIPTextConfig),
         "LDMBertModel": (LDMBertModel, LDMBertConfig),
     }
-    configs = {"unet": preset.unet, "vae": preset.vae, "text_encoder": preset.text}
+    configs = {"unet": preset.denoiser, "vae": preset.vae, "text_encoder": preset.text}
     raw = {name: config.to_dict() for name, config in configs.items() if config is not None}
     named = {name: entries.get("_class_name") or entries["architectures"][0] for name, entries in raw.items()}
     return {name: (known[kind], raw[name]) for name, kind in named.items() if kind in known}
@@ -162,26 +162,34 @@ def _from_config(kind: Any, config: dict[str, Any]) -> Any:
     return kind.from_config(config)
 
 
-def _ours(preset: Preset, seed: int) -> Components:
+def ours(preset: Preset, seed: int, dtype: torch.dtype = torch.float32) -> Components:
+    """Random parts of our own classes, without a third text tower, which may be absent."""
+
     def network(config: Any, offset: int) -> Any:
         with torch.device("meta"):
             module = NETWORKS[type(config)](config)
-        module.load_state_dict(random_weights(module, seed + offset), assign=True)
+        module.load_state_dict(random_weights(module, seed + offset, dtype), assign=True)
         return module.eval()
 
+    def tower(config: Any, offset: int) -> tuple[Any, Any]:
+        return (None, None) if config is None else (network(config, offset), _tokenizer(preset, config))
+
+    first, second = tower(preset.text, 2), tower(preset.text_2, 3)
     return Components(
-        unet=network(preset.unet, 0),
+        denoiser=network(preset.denoiser, 0),
         vae=network(preset.vae, 1),
-        text_encoder=None if preset.text is None else network(preset.text, 2),
-        tokenizer=_tokenizer(preset),
+        text_encoder=first[0],
+        tokenizer=first[1],
+        text_encoder_2=second[0],
+        tokenizer_2=second[1],
         scheduler=Scheduler.from_config(preset.scheduler),
         pipeline=preset.pipeline,
     )
 
 
-def _tokenizer(preset: Preset) -> Any:
-    if isinstance(preset.text, CLIPTextConfig):
-        return clip_tokenizer("!") if preset.text.hidden_act == "gelu" else clip_tokenizer()
+def _tokenizer(preset: Preset, text: Any) -> Any:
+    if isinstance(text, CLIPTextConfig):
+        return clip_tokenizer("!") if text.hidden_act == "gelu" else clip_tokenizer()
     return bert_tokenizer() if preset.name == "ldm-text" else None
 
 

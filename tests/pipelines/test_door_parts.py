@@ -293,8 +293,11 @@ def test_switches_switch(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
         pipe.enable_model_cpu_offload()
         pipe.enable_sequential_cpu_offload()
         pipe.enable_xformers_memory_efficient_attention()
-    assert "nothing is offloaded" in caplog.text and "xformers is passed over" in caplog.text
+    assert pipe._pipe.memory == "low" and "memory balanced: weights are on cpu" in caplog.text
+    assert "xformers is passed over" in caplog.text
     assert largest(pipe(**call, generator=seeded()).images, plain) == 0
+    pipe.remove_all_hooks()
+    assert pipe._pipe.memory == "fast" and largest(pipe(**call, generator=seeded()).images, plain) == 0
     with pytest.raises(ValueError, match="enable_freeu is not supported"):
         pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
 

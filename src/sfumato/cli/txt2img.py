@@ -103,6 +103,14 @@ def run(
         int | None,
         typer.Option("--batch", min=1, help="Pictures advanced together: faster, equal but for rounding."),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            help="fast, balanced (a network's weights are there while it is at work) or low (a layer's; slower) "
+            "(default: the fastest that fits).",
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
     preview: Annotated[
         str | None,
@@ -132,7 +140,7 @@ def run(
     request = parse(**fields)
     places = Places(out, count(request), grid)
     previews = None if preview is None else Previews(preview, preview_every)
-    pipe = opened(request, precision, device, batch, threads)
+    pipe = opened(request, precision, device, batch, threads, memory)
     if task in TASKS and pipe.preset.task != TASKS[task][0]:
         raise ValueError(
             f"{task} needs a model that was made for it, which {request.model} ({pipe.preset.title}) was not; "
@@ -161,16 +169,22 @@ def enlarged(request: Request) -> Request:
 
 
 def opened(
-    request: Request, precision: str | None, device: str | None, batch: int | None, threads: int | None
+    request: Request,
+    precision: str | None,
+    device: str | None,
+    batch: int | None,
+    threads: int | None,
+    memory: str | None = None,
 ) -> Pipeline:
-    """The request's model, ready to run."""
+    """The request's model, ready to run; ValueError where memory does not suffice for the picture."""
     from sfumato.pipelines.pipeline import load
 
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    return load(request.model, precision, device, batch, request.vae, request.base, request.prediction)
+    parts = request.vae, request.base, request.prediction
+    return load(request.model, precision, device, batch, *parts, memory=memory, request=request)
 
 
 def as_then(made_with: Mapping[str, Any], device: str | None) -> str | None:

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from sfumato.pipelines.pipeline import Pipeline, Progress
     from sfumato.pipelines.request import Request
 
+# How the weights are kept, in the line before a picture.
+KEPT = {
+    "fast": "",
+    "balanced": "; memory balanced: weights are there for their stage",
+    "low": "; memory low: weights are read for each layer, pictures beyond 512 pixels decoded in tiles",
+}
 SEEDS = 5  # listed of pictures that were not made
 
 
@@ -217,7 +223,7 @@ def describe(pipe: Pipeline, request: Request) -> str:
     return (
         f"{request.model} ({pipe.preset.title}), seed {request.seed}, {request.width}x{request.height}, "
         f"{request.num_inference_steps} steps of {request.sampler} ({request.spacing}), "
-        f"guidance {request.guidance_scale:g}; {pipe.runtime.reason}"
+        f"guidance {request.guidance_scale:g}; {pipe.runtime.reason}{KEPT[pipe.memory]}"
     )
 
 

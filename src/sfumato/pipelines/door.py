@@ -167,6 +167,7 @@ class Door(Switches):
         cls._check_others({name: value for name, value in given.items() if name not in PARTS})
         door = cls._of(with_parts(parts, {k: v for k, v in given.items() if k in PARTS}), None, pipe.model)
         door._pipe.runtime = pipe.runtime
+        door._pipe.share_memory(pipe)
         if isinstance(pipeline, Door) and door._adapted.parts == pipeline._adapted.parts:
             door._adapted = pipeline._adapted
         return door

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato import __version__
 from sfumato.cond import Cond
 from sfumato.diffusion.scheduler import Plan, Scheduler
 from sfumato.images import to_pil
@@ -25,7 +24,9 @@ from sfumato.models.perturb import perturbed
 from sfumato.models.unet import UNet
 from sfumato.pipelines.check import check, settled
 from sfumato.pipelines.conditions import Outfit, Wardrobe, outfit
+from sfumato.pipelines.fit import opened, wider
 from sfumato.pipelines.guided import check_guidance, scheduled
+from sfumato.pipelines.keeping import Keeping
 from sfumato.pipelines.making import Callback, Progress, frame_of, latents, picture
 from sfumato.pipelines.memory import in_tiles_if_need_be
 from sfumato.pipelines.output import OUTPUT_TYPES, OutputType, PipelineOutput, joined
@@ -53,7 +54,7 @@ __all__ = [
 ]
 
 
-class Pipeline:
+class Pipeline(Keeping):
     """A diffusion model with its autoencoder and text encoder, and the task that it was made for.
 
     parts:   the components, e.g. from `load_model`.
@@ -84,7 +85,7 @@ class Pipeline:
         self.depth_estimator: DepthEstimator | None = parts.depth_estimator
         self.pipeline: str = parts.pipeline
         self._scheduler = parts.scheduler
-        self.runtime = runtime or as_it_is(next(self.denoiser.parameters()))
+        self.runtime = runtime or as_it_is(torch.empty(0, device=self.denoiser.device, dtype=self.denoiser.dtype))
         # What requests say of the model, so that a recipe can open it again.
         self.source: dict[str, str | None] = {"model": model, "vae": None, "base": None, "prediction": None}
         self.embeddings: tuple[str, ...] = ()
@@ -105,15 +106,22 @@ class Pipeline:
         vae: Path | str | None = None,
         base: Path | str | None = None,
         prediction: str | None = None,
+        memory: str | None = None,
+        request: Request | None = None,
     ) -> Pipeline:
         """Open a model on the best device in the best precision: a built-in name, file, folder or hub id.
 
         vae, base, prediction: another autoencoder, a model that supplies missing parts, what the network predicts.
-        Raises FileNotFoundError or ValueError when there is no complete model, see `load_model`.
+        memory:  how weights are kept, see `set_memory`; None takes the fastest way that fits.
+        request: what it is opened for, which decides what fits; None: a picture of the model's own size.
+        Raises FileNotFoundError or ValueError when there is no complete model, see `load_model`, and ValueError where
+        memory does not suffice.
         """
         runtime = choose(device, precision)
-        parts = load_model(source, runtime.dtype, runtime.device, vae=vae, base=base, prediction=prediction)
-        pipe = cls(parts, runtime, str(source), batch)
+        parts, kept = opened(source, runtime, memory, request, batch, vae=vae, base=base, prediction=prediction)
+        pipe = cls(parts, runtime if kept == "fast" else None, str(source), batch)
+        pipe.runtime = runtime
+        pipe.set_memory(kept)
         names = {"vae": vae, "base": base, "prediction": prediction}
         pipe.source.update({name: str(value) for name, value in names.items() if value is not None})
         return pipe
@@ -128,11 +136,12 @@ class Pipeline:
         vae: Path | str | None = None,
         base: Path | str | None = None,
         prediction: str | None = None,
+        memory: str | None = None,
     ) -> Pipeline:
         """`from_pretrained` for a model in one file; FileNotFoundError where there is no such file."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"no file {path}")
-        return cls.from_pretrained(path, precision, device, batch, vae, base, prediction)
+        return cls.from_pretrained(path, precision, device, batch, vae, base, prediction, memory)
 
     def restore(
         self,
@@ -168,7 +177,8 @@ class Pipeline:
 
     def save_pretrained(self, folder: Path | str, precision: str | None = None) -> None:
         """Write a model folder, which diffusers opens as well; `precision` converts the weights."""
-        save_folder(self, folder, None if precision is None else choose("cpu", precision).dtype)
+        with self._as_stored():
+            save_folder(self, folder, None if precision is None else choose("cpu", precision).dtype)
 
     def load_textual_inversion(self, path: Path | str) -> None:
         """Let all pictures from now on know the learned word of an embedding: its file, or its name.
@@ -181,11 +191,6 @@ class Pipeline:
         finally:
             self.dressing().undress()
         self.embeddings = embeddings
-
-    def made_with(self) -> dict[str, str]:
-        """What besides the request decides the exact pixels: versions, device, precision."""
-        versions = {"sfumato": __version__, "torch": torch.__version__}
-        return {**versions, "device": str(self.runtime.device), "precision": self.runtime.precision}
 
     @property
     def model(self) -> str:
@@ -234,10 +239,14 @@ class Pipeline:
         """Move the networks to a device, a dtype, or both; returns the pipeline itself."""
         now = self.runtime
         self.runtime = replace(now, device=torch.device(device or now.device), dtype=dtype or now.dtype)
-        self.vae.to(device=self.runtime.device, dtype=self._vae_dtype)
+        device, dtype = self.runtime.device, self.runtime.dtype
+        if self._residence is not None:
+            self._residence.to(device, dtype, wider(self, dtype))
+            return self
+        self.vae.to(device=device, dtype=wider(self, dtype).get(self.vae, dtype))
         for part in (self.denoiser, *self.towers.present, self.depth_estimator):
             if part is not None:
-                part.to(device=self.runtime.device, dtype=self.runtime.dtype)
+                part.to(device=device, dtype=dtype)
         return self
 
     def __call__(
@@ -397,27 +406,23 @@ class Pipeline:
         frame_of(request, self.factor)
         return request
 
-    @property
-    def _vae_dtype(self) -> torch.dtype:
-        """What the autoencoder computes in: single precision where half is too narrow for it (`force_upcast`)."""
-        now = self.runtime.dtype
-        narrow = now == torch.float16 and getattr(self.vae.config, "force_upcast", False)
-        return torch.float32 if narrow else now
-
     def refining(self, source: str) -> Pipeline:
         """The model that makes the last steps, opened once; ValueError where it cannot go on with this one's latents.
 
         It is given this one's autoencoder, which is the one that decodes.
         """
         if self._second is None or self._second.model != source:
-            parts = load_model(source, self.runtime.dtype, self.runtime.device)
+            fast = self._residence is None
+            parts = load_model(source, *((self.runtime.dtype, self.runtime.device) if fast else (None, "cpu")))
             check_pair(self.preset, preset_of(parts), source)
-            self._second = Pipeline(replace(parts, vae=self.vae), self.runtime, source, self.batch)
+            parts = replace(parts, vae=self.vae)
+            self._second = Pipeline(parts, self.runtime if fast else None, source, self.batch)
+            self.admit(self._second)
         return self._second
 
     def lay_out(self) -> None:
         """Bring weights into the runtime's layout; not before the first use, so that opening a model copies nothing."""
-        if self.runtime.channels_last:
+        if self.runtime.channels_last and self._residence is None:
             lay_out(self.denoiser)
             lay_out(self.vae)
 
@@ -444,11 +449,13 @@ def load(
     vae: str | Path | None = None,
     base: str | Path | None = None,
     prediction: str | None = None,
+    memory: str | None = None,
+    request: Request | None = None,
 ) -> Pipeline:
     """Open a model: the built-in one, a file, a folder, or a hub id.
 
     precision: float32, bfloat16 or float16; device: cpu, cuda...; None chooses for this machine.
     batch:     most pictures advanced together, see `Pipeline`.
-    vae, base, prediction: see `Pipeline.from_pretrained`.
+    vae, base, prediction, memory, request: see `Pipeline.from_pretrained`.
     """
-    return Pipeline.from_pretrained(model, precision, device, batch, vae, base, prediction)
+    return Pipeline.from_pretrained(model, precision, device, batch, vae, base, prediction, memory, request)

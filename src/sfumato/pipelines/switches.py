@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from sfumato.models.layers import Attention
 from sfumato.pipelines.adapted import Adapted, located
 from sfumato.pipelines.opening import passed_over
+from sfumato.pipelines.pipeline import Pipeline
 
 ADAPTER_OPTIONS = (
     *("low_cpu_mem_usage", "use_safetensors", "local_files_only", "token", "force_download", "proxies", "hotswap"),
@@ -27,6 +29,7 @@ class Switches:
     unet: Any
     vae: Any
     _adapted: Adapted
+    _pipe: Pipeline
 
     # Memory ---------------------------------------------------------------------------------------
 
@@ -62,13 +65,23 @@ class Switches:
         self.vae.disable_tiling()
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Move the networks to the GPU where there is one, and keep them there: nothing is offloaded here."""
-        place = device or ("cuda" if gpu_id is None else f"cuda:{gpu_id}")
-        if torch.device(place).type != "cuda" or torch.cuda.is_available():
-            self.to(place)  # type: ignore[attr-defined]
-        log.info("nothing is offloaded; the networks stay on %s", self.unet.device)
+        """Have each network on the GPU, where there is one, only while it is at work; see `Pipeline.set_memory`."""
+        self._spare("balanced", gpu_id, device)
 
-    enable_sequential_cpu_offload = enable_model_cpu_offload
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Have each layer on the GPU, where there is one, only while it is called; see `Pipeline.set_memory`."""
+        self._spare("low", gpu_id, device)
+
+    def _spare(self, memory: str, gpu_id: int | None, device: torch.device | str | None) -> None:
+        place = torch.device(device or ("cuda" if gpu_id is None else f"cuda:{gpu_id}"))
+        self._pipe.set_memory("fast")
+        if place.type != "cuda" or torch.cuda.is_available():
+            self._pipe.to("cpu")
+            self._pipe.runtime = replace(self._pipe.runtime, device=place)
+        self._pipe.set_memory(memory)
+        log.info("memory %s: weights are on %s while they are needed", memory, self._pipe.runtime.device)
 
     def enable_group_offload(self, *options: Any, **more: Any) -> None:
         """Nothing is offloaded here."""
@@ -82,9 +95,15 @@ class Switches:
     fuse_qkv_projections = unfuse_qkv_projections = enable_xformers_memory_efficient_attention
 
     def maybe_free_model_hooks(self) -> None:
-        """Nothing is offloaded here."""
+        """Let go of weights that are kept for the stage that was at work last."""
+        self._pipe.leave()
 
-    remove_all_hooks = reset_device_map = maybe_free_model_hooks
+    def remove_all_hooks(self) -> None:
+        """Have all weights there all the time again."""
+        self._pipe.set_memory("fast")
+
+    def reset_device_map(self) -> None:
+        """Nothing is mapped to several devices here."""
 
     def enable_freeu(self, *options: float, **more: float) -> None:
         """ValueError: it changes pictures, and is not implemented."""

@@ -237,15 +237,25 @@ class Residence:
     ) -> None:
         self.stream, self.smallest = stream, smallest
         self.scratch = Scratch()
-        self._networks = {id(network): network for some in stages.values() for network in some}
-        self._last = {id(network) for network in channels_last}
-        self._homes: dict[str, list[Home]] = {stage: [] for stage in stages}
-        self._of: dict[int, list[Home]] = {key: [] for key in self._networks}
+        self._device, self._dtype, self._dtypes = device, dtype, dict(dtypes)
+        self._networks: dict[int, nn.Module] = {}
+        self._last: set[int] = set()
+        self._homes: dict[str, list[Home]] = {}
+        self._of: dict[int, list[Home]] = {}
         self._current: str | None = None
         self._files = FileRanges()
+        self.add(stages, channels_last)
+
+    def add(self, stages: Mapping[str, Sequence[nn.Module]], channels_last: Collection[nn.Module] = ()) -> None:
+        """Have the weights of further networks come and go as well.
+
+        Raises ValueError where those of a network do so already.
+        """
+        self._files = FileRanges()
+        self._last |= {id(network) for network in channels_last}
         for stage, some in stages.items():
             for network in some:
-                self._move_in(stage, network, self._target(network, device, dtypes.get(network, dtype)))
+                self._move_in(stage, network)
 
     def to(
         self,
@@ -255,8 +265,9 @@ class Residence:
     ) -> None:
         """Compute elsewhere, or in another dtype, from now on; dtypes: as when it was opened."""
         self.leave()
+        self._device, self._dtype, self._dtypes = device, dtype, dict(dtypes)
         for key, network in self._networks.items():
-            target = self._target(network, device, dtypes.get(network, dtype))
+            target = self._target(network)
             network.runs_in = target.device, target.dtype  # type: ignore[assignment]
             for home in self._of[key]:
                 home.settle(target)
@@ -273,7 +284,7 @@ class Residence:
             for home in homes:
                 home.leave()
         if self._current is not None:
-            for home in self._homes[self._current]:
+            for home in self._homes.get(self._current, ()):
                 home.release()  # what the system read ahead
         self.scratch.drop()
         self._current = None
@@ -309,18 +320,21 @@ class Residence:
         if tensor in self._files:
             release(tensor)
 
-    def _target(self, network: nn.Module, device: torch.device, dtype: torch.dtype) -> Target:
-        return Target(device, dtype, id(network) in self._last)
+    def _target(self, network: nn.Module) -> Target:
+        return Target(self._device, self._dtypes.get(network, self._dtype), id(network) in self._last)
 
-    def _move_in(self, stage: str, network: nn.Module, target: Target) -> None:
+    def _move_in(self, stage: str, network: nn.Module) -> None:
+        target = self._target(network)
+        self._networks[id(network)] = network
+        homes = self._of.setdefault(id(network), [])
         for module in network.modules():
             if home_of(module) is not None:
                 raise ValueError(f"the weights of this {type(network).__name__} come and go already; close that first")
             if any(True for _ in own_tensors(module)):
                 home = Home(module, self, stage, target)
                 module._home = home  # type: ignore[assignment]
-                self._homes[stage].append(home)
-                self._of[id(network)].append(home)
+                self._homes.setdefault(stage, []).append(home)
+                homes.append(home)
                 home.settle()
         network.runs_in = target.device, target.dtype  # type: ignore[assignment]
 
