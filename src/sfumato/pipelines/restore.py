@@ -51,7 +51,7 @@ FAINT = 0.01  # the least deviation, from 0 to 1, that is taken for noise where 
 SPREAD = 0.02  # deviation of what the network leaves open; what was seen under louder noise changes little
 STEPS = 1  # of the pixel model, as measured best
 LATENT_STEPS = 50
-LATENT_STRENGTH = 0.6  # how far a latent model leaves the first guess
+LATENT_STRENGTH = 0.3  # how far a latent model leaves the first guess; further is worse, as measured
 LIMITS = (-1.0, 1.0)  # black and white, at which a file cuts noise off
 KINDS = ("auto", *DEGRADATIONS)
 
