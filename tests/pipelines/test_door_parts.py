@@ -295,7 +295,7 @@ def test_switches_switch(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
         pipe.enable_xformers_memory_efficient_attention()
     assert pipe._pipe.memory == "low" and "memory balanced: weights are on cpu" in caplog.text
     assert "xformers is passed over" in caplog.text
-    assert largest(pipe(**call, generator=seeded()).images, plain) == 0
+    assert largest(pipe(**call, generator=seeded()).images, plain) < 0.01
     pipe.remove_all_hooks()
     assert pipe._pipe.memory == "fast" and largest(pipe(**call, generator=seeded()).images, plain) == 0
     with pytest.raises(ValueError, match="enable_freeu is not supported"):

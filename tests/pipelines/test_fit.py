@@ -24,6 +24,12 @@ SMALL = 520  # numbers: more than the tiny towers' tables of positions, less tha
 Make = Callable[[str], Components]
 
 
+@pytest.fixture(autouse=True)
+def plain_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that computes faster and rounds otherwise, which is for weights that stay."""
+    monkeypatch.setenv("SFUMATO_PREPARE", "off")
+
+
 def kept(folder: Path, way: Memory, dtype: str = "float32") -> Pipeline:
     """A folder's model with its weights kept so, whatever their size."""
     runtime = choose("cpu", dtype)
