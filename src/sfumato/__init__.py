@@ -52,6 +52,11 @@ if TYPE_CHECKING:
         StableDiffusionPipelineOutput,
         StableDiffusionUpscalePipeline,
     )
+    from sfumato.pipelines.doors_xl import (
+        StableDiffusionXLImg2ImgPipeline,
+        StableDiffusionXLInpaintPipeline,
+        StableDiffusionXLPipeline,
+    )
     from sfumato.pipelines.opening import (
         AutoencoderKL,
         CLIPTextModel,
@@ -107,6 +112,11 @@ _HOMES = {
         "StableDiffusionPipelineOutput",
         "StableDiffusionUpscalePipeline",
     ),
+    "sfumato.pipelines.doors_xl": (
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLPipeline",
+    ),
     "sfumato.pipelines.opening": (
         "AutoencoderKL",
         "CLIPTextModel",
@@ -160,6 +170,9 @@ __all__ = [
     "StableDiffusionPipeline",
     "StableDiffusionPipelineOutput",
     "StableDiffusionUpscalePipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLPipeline",
     "TCDScheduler",
     "UNet2DConditionModel",
     "UniPCMultistepScheduler",

@@ -27,11 +27,15 @@ from sfumato.pipelines.together import Bar
 from sfumato.runtime import Runtime, choose, dtype_name
 from sfumato.text.encode import encode_prompts
 from sfumato.text.tokenizer import ClipTokenizer
+from sfumato.text.towers import TextEncoder, Tokenizer
 from sfumato.weights.folder import save_folder
 from sfumato.weights.parts import VAE, Components, collected
 
 D = TypeVar("D", bound="Door")
-PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "low_res_scheduler", "depth_estimator")
+PARTS = (
+    *("vae", "text_encoder", "tokenizer", "unet", "scheduler"),
+    *("low_res_scheduler", "depth_estimator", "text_encoder_2", "tokenizer_2"),
+)
 ABSENT = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 
 log = logging.getLogger(__name__)
@@ -68,9 +72,8 @@ class Door(Switches):
 
     def _take(self, parts: Components, runtime: Runtime | None, name: str) -> None:
         """Take the parts of a model, which is moved and converted to the runtime."""
-        door, text, tokenizer = type(self).__name__, parts.text_encoder, parts.tokenizer
-        if not isinstance(text, CLIPTextModel) or not isinstance(tokenizer, ClipTokenizer):
-            raise ValueError(f"{door} is for models with a CLIP text encoder; open this one with sfumato.load")
+        door = type(self).__name__
+        tokenizer, text = self._tower(parts)
         extra = parts.unet.config.in_channels - parts.vae.config.latent_channels
         family = self.families.get(extra)
         if family is None or (family == "StableDiffusionUpscalePipeline") != (parts.low_res_scheduler is not None):
@@ -92,6 +95,16 @@ class Door(Switches):
         self._guidance_scale = 7.5
         self._interrupt = False
         self._num_timesteps = 0
+
+    def _tower(self, parts: Components) -> tuple[ClipTokenizer, CLIPTextModel]:
+        """The text tower that adapters are put on; ValueError for a model of another kind."""
+        text, tokenizer = parts.text_encoder, parts.tokenizer
+        if not isinstance(text, CLIPTextModel) or not isinstance(tokenizer, ClipTokenizer) or parts.towers.paired:
+            door = type(self).__name__
+            raise ValueError(
+                f"{door} is for models with a CLIP text encoder, and only one; open this one with sfumato.load"
+            )
+        return tokenizer, text
 
     @classmethod
     def _of(cls: type[D], parts: Components, runtime: Runtime | None, name: str) -> D:
@@ -255,6 +268,16 @@ class Door(Switches):
         self._pipe.scheduler = scheduler_of(scheduler)
 
     @property
+    def text_encoder_2(self) -> TextEncoder | None:
+        """The second text tower, where there is one."""
+        return self._pipe.text_encoder_2
+
+    @property
+    def tokenizer_2(self) -> Tokenizer | None:
+        """The tokenizer of the second text tower."""
+        return self._pipe.tokenizer_2
+
+    @property
     def low_res_scheduler(self) -> Scheduler | None:
         """The noise on an upscaler's small picture."""
         return self._pipe.low_res_scheduler
@@ -266,9 +289,8 @@ class Door(Switches):
 
     def _dress_anew(self) -> None:
         """Adapters belong to networks: with others in their place, none is on."""
-        tokenizer = self._pipe.tokenizer
-        assert isinstance(tokenizer, ClipTokenizer)
-        self._adapted = Adapted(self.unet, self.text_encoder, tokenizer)
+        tokenizer, text = self._tower(collected(self._pipe))
+        self._adapted = Adapted(self.unet, text, tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -387,7 +409,7 @@ class Door(Switches):
         return self.image_processor.postprocess(self._pixels(latents), "np")
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        return self.vae.to_pixels(latents.to(self.device, self.dtype)).float()
+        return self.vae.to_pixels(latents.to(self.device, self.vae.dtype)).float()
 
     @staticmethod
     def numpy_to_pil(images: Any) -> list[Any]:

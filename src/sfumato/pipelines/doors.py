@@ -33,7 +33,7 @@ from sfumato.pipelines.masks import Frame, cut_out
 from sfumato.pipelines.opening import found
 from sfumato.pipelines.processor import ImageProcessor, check_whole
 from sfumato.pipelines.request import Request, parse
-from sfumato.pipelines.start import STARTS
+from sfumato.pipelines.start import STARTS, Start
 from sfumato.pipelines.together import CastNoise, Together, Watcher, Weights, Words, guided
 from sfumato.presets import Task
 from sfumato.weights.folder import read_index
@@ -46,6 +46,7 @@ class Maker(Door):
     """A door that makes pictures: what the calls of all of them come to."""
 
     task: ClassVar[Task]
+    calls: ClassVar[type[Call]] = Call
     spread: ClassVar[bool] = True
 
     @torch.no_grad()
@@ -61,12 +62,9 @@ class Maker(Door):
             lay_out(pipe.unet)
             lay_out(self.vae)
         with self._adapted.scaled((call.cross_attention_kwargs or {}).get("scale")):
-            words = Words(*self.encode_prompt(
-                call.prompt, self.device, call.num_images_per_prompt or 1, weights.guides, call.negative_prompt,
-                call.prompt_embeds, call.negative_prompt_embeds, clip_skip=call.clip_skip,
-            ))  # fmt: skip
+            words = self._words(call, weights.guides, (height, width), request)
             setting = self._setting(call, (height, width), request, images)
-            start = STARTS[task](setting)
+            start = self._begun(call, setting)
             setting.pass_over(task)
             scheduler.noise_source = call.each or setting.generator, None
             guidance = guided(words, weights, start, scheduler)
@@ -81,6 +79,17 @@ class Maker(Door):
                 )  # fmt: skip
                 drive([run], pipe.net, watcher)
         return self._answer(call, watcher.latents(run), frame)
+
+    def _words(self, call: Call, guides: bool, size: tuple[int, int], request: Request) -> Words:
+        """What the network is told of the prompts of a call."""
+        return Words(*self.encode_prompt(
+            call.prompt, self.device, call.num_images_per_prompt or 1, guides, call.negative_prompt,
+            call.prompt_embeds, call.negative_prompt_embeds, clip_skip=call.clip_skip,
+        ))  # fmt: skip
+
+    def _begun(self, call: Call, setting: Together) -> Start:
+        """Where a call begins."""
+        return STARTS[self._task](setting)
 
     def _answer(self, call: Call, latents: Tensor, frame: Frame | None) -> Any:
         form, images = call.output_type or "pil", latents
@@ -163,7 +172,7 @@ class StableDiffusionPipeline(Maker):
     ) -> Any:
         """Pictures of a prompt, or of each prompt of a list; others: see `Call`."""
         name = type(self).__name__
-        call = Call.read(name, {"prompt": prompt, "num_inference_steps": num_inference_steps, **others})
+        call = self.calls.read(name, {"prompt": prompt, "num_inference_steps": num_inference_steps, **others})
         preset = self._pipe.preset
         height, width = height or preset.height, width or preset.width
         return self._made(call, height, width, self._checked(call, height=height, width=width))
@@ -182,7 +191,7 @@ class StableDiffusionImg2ImgPipeline(Maker):
     ) -> Any:
         """Pictures that leave an image as far as strength says; image: see `ImageProcessor`, or latents."""
         name = type(self).__name__
-        call = Call.read(name, {"prompt": prompt, "num_inference_steps": num_inference_steps, **others})
+        call = self.calls.read(name, {"prompt": prompt, "num_inference_steps": num_inference_steps, **others})
         x, height, width = self._given(image)
         request = self._checked(call, height=height, width=width, strength=strength)
         return self._made(call, height, width, request, image=x)
@@ -214,7 +223,7 @@ class StableDiffusionInpaintPipeline(Maker):
         padding_mask_crop: only the masked part and so many pixels around it are worked at, at height and width.
         """
         name = type(self).__name__
-        call = Call.read(name, {"prompt": prompt, "num_inference_steps": num_inference_steps, **others})
+        call = self.calls.read(name, {"prompt": prompt, "num_inference_steps": num_inference_steps, **others})
         preset = self._pipe.preset
         height, width = height or preset.height, width or preset.width
         request = self._checked(call, height=height, width=width, strength=strength)
@@ -275,7 +284,7 @@ class StableDiffusionDepth2ImgPipeline(Maker):
     ) -> Any:
         """Pictures with the depth of an image; depth_map: (n, H, W), larger where it is nearer, else estimated."""
         name = type(self).__name__
-        call = Call.read(name, {"prompt": prompt, "num_inference_steps": num_inference_steps, **others})
+        call = self.calls.read(name, {"prompt": prompt, "num_inference_steps": num_inference_steps, **others})
         x, height, width = self._given(image)
         request = self._checked(call, height=height, width=width, strength=strength)
         if depth_map is not None:
@@ -359,6 +368,8 @@ class DiffusionPipeline:
         dtype = arguments.get("torch_dtype") or torch.float32
         place = found(source, dtype, variant, revision, cache, bool(local))
         family = read_index(place)[1] if place.is_dir() else StableDiffusionPipeline.families[0]
+        from sfumato.pipelines.doors_xl import DOORS  # which stands on this module
+
         doors = (door for door in Maker.__subclasses__() if family in door.families.values())
-        door = next(doors, StableDiffusionPipeline)
+        door: type[Maker] = DOORS[family] if family in DOORS else next(doors, StableDiffusionPipeline)
         return door.from_pretrained(place, **{k: v for k, v in arguments.items() if k not in ("revision", "cache_dir")})

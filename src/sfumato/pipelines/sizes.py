@@ -31,9 +31,7 @@ def told(denoiser: DenoiserConfig, texts: Sequence[TextConfig]) -> int:
         return 0
     tower = texts[-1] if texts else None
     if not isinstance(tower, CLIPTextConfig) or not tower.projected:
-        raise ValueError(
-            "this U-Net is told of sizes beside a text's vector, but its text encoder has no projection"
-        )
+        raise ValueError("this U-Net is told of sizes beside a text's vector, but its text encoder has no projection")
     wide, each = denoiser.projection_class_embeddings_input_dim, denoiser.addition_time_embed_dim
     assert wide is not None and each is not None
     count, rest = divmod(wide - tower.projection_dim, each)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -62,10 +62,10 @@ class Together(Setting):
             return self.rows(x.to(self.device).float())
         if self.each:
             rows = self.rows(x) if self.spread else x
-            pairs = zip(rows.to(self.device, self.dtype).split(1), self.each, strict=self.spread)
+            pairs = zip(rows.to(self.device, self.vae.dtype).split(1), self.each, strict=self.spread)
             z = torch.cat([self.vae.to_latents(row, generator).float() for row, generator in pairs])
         else:
-            z = self.vae.to_latents(x.to(self.device, self.dtype), self.generator).float()
+            z = self.vae.to_latents(x.to(self.device, self.vae.dtype), self.generator).float()
         return z if self.apart else self.rows(z)
 
     def mask(self, h: int, w: int) -> Tensor:
@@ -120,10 +120,15 @@ class CastNoise:
 
 @dataclass(frozen=True)
 class Words:
-    """Token states (B, K, D) of the prompts, and of what guidance leads away from; None without guidance."""
+    """Token states (B, K, D) of the prompts, and of what guidance leads away from; None without guidance.
+
+    pooled, uncond_pooled: what else is told of each (B, P), where a model wants it.
+    """
 
     cond: Tensor
     uncond: Tensor | None
+    pooled: Tensor | None = None
+    uncond_pooled: Tensor | None = None
 
     def joined(self, task: str) -> Tensor:
         """As diffusers' loops hold them: (2 B, K, D), unconditional first; for instructions (3 B, K, D), last."""
@@ -150,7 +155,8 @@ def guided(words: Words, weights: Weights, start: Start, scheduler: Scheduler) -
     """What to ask for the pictures of a start."""
 
     def told(context: Tensor, concat: Tensor | None) -> Cond:
-        return Cond(context, start.label, concat)
+        pooled = words.pooled if context is words.cond else words.uncond_pooled
+        return Cond(context, start.label if pooled is None else pooled, concat)
 
     guidance: Guidance = Plain(told(words.cond, start.concat))
     if words.uncond is not None and weights.image_scale is not None:
@@ -239,7 +245,9 @@ class Watcher:
             parts = joined.chunk(max(1, len(joined) // len(run.x)))
             cond = parts[0] if self.task == "instruct" else parts[-1]
             uncond = parts[-1] if self.task == "instruct" else parts[0]
-            self.words = Words(cond, uncond if self.weights.guides and len(parts) > 1 else None)
+            self.words = replace(
+                self.words, cond=cond, uncond=uncond if self.weights.guides and len(parts) > 1 else None
+            )
             run.guidance = guided(self.words, self.weights, self.start, self.scheduler)
 
 

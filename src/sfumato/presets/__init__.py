@@ -86,7 +86,8 @@ def _kind(denoiser: DenoiserConfig) -> tuple[object, ...]:
 def _likeness(preset: Preset, scheduler: Mapping[str, Any]) -> tuple[bool, bool]:
     """How much a scheduler is a preset's: whether it predicts the same, and whether it is of its class and spacing."""
     same = all(scheduler.get(k) == v for k, v in preset.scheduler.items() if k in ("_class_name", "timestep_spacing"))
-    return prediction_of(scheduler) == preset.prediction, same
+    predicts = prediction_of(scheduler) == preset.prediction
+    return predicts, predicts and same
 
 
 def pipelines() -> list[str]:

@@ -1,0 +1,123 @@
+"""The front doors to Stable Diffusion XL beside diffusers' pipelines, on the same tiny folders and generators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sfumato
+from sfumato.pipelines import doors_xl
+from sfumato.pipelines.doors import StableDiffusionPipeline
+
+from .test_tasks_parity import NEGATIVE, PROMPT, STEPS, drawn, masked, seeded
+from .test_xl import BASE, INPAINT, REFINER, SIZES, Folders, Peer, folders, peer
+
+__all__ = ["folders", "peer"]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+TEXTS: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": STEPS}
+SIZE = {"height": 32, "width": 32}
+
+
+def door(name: str, folder: Path) -> Any:
+    pipe = getattr(doors_xl, name).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def compare(label: str, ours: Any, theirs: Any) -> None:
+    difference = float(np.abs(ours.images - theirs.images).max()) * 255
+    print(f"{label}: largest difference {difference:.4f} of 255")
+    assert difference <= 0.01 and float(ours.images.std()) > 0.01
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"negative_prompt": NEGATIVE, "prompt_2": "a cat left of a red car", "negative_prompt_2": "a red car"},
+        {"negative_prompt": "", "clip_skip": 1, **SIZES},
+        {"num_images_per_prompt": 2, "guidance_rescale": 0.5},
+    ],
+)
+def test_text_to_image(folders: Folders, peer: Peer, changes: dict[str, Any]) -> None:
+    both = {**TEXTS, **SIZE, **changes, "output_type": "np"}
+    ours, theirs = door(BASE, folders[BASE]), peer(BASE, BASE)
+    compare(f"{sorted(changes)}", ours(**both, generator=seeded()), theirs(**both, generator=seeded()))
+
+
+@pytest.mark.parametrize("family", [BASE, REFINER])
+def test_image_to_image(folders: Folders, peer: Peer, family: str) -> None:
+    scores = {"aesthetic_score": 7.0, "negative_aesthetic_score": 1.0} if family == REFINER else {}
+    both = {**TEXTS, "image": drawn(0), "strength": 0.5, "negative_prompt": NEGATIVE, "output_type": "np", **scores}
+    ours, theirs = door(REFINER, folders[family]), peer(REFINER, family)
+    compare(family, ours(**both, generator=seeded()), theirs(**both, generator=seeded()))
+
+
+@pytest.mark.parametrize("family", [BASE, INPAINT])
+@pytest.mark.parametrize("strength", [{}, {"strength": 0.6}])
+def test_inpaint(folders: Folders, peer: Peer, family: str, strength: dict[str, float]) -> None:
+    both = {**TEXTS, **SIZE, **strength, "image": drawn(0), "mask_image": masked(), "output_type": "np"}
+    ours, theirs = door(INPAINT, folders[family]), peer(INPAINT, family)
+    compare(f"{family} {strength}", ours(**both, generator=seeded()), theirs(**both, generator=seeded()))
+
+
+@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_hand_over(folders: Folders, peer: Peer, scheduler: str) -> None:
+    results = []
+    ours = door(BASE, folders[BASE]), door(REFINER, folders[REFINER])
+    theirs = peer(BASE, BASE, scheduler), peer(REFINER, REFINER, scheduler)
+    for first, second in (ours, theirs):
+        first.scheduler, second.scheduler = theirs[0].scheduler, theirs[1].scheduler
+        latents = first(**TEXTS, **SIZE, denoising_end=0.7, output_type="latent", generator=seeded()).images
+        results.append(second(**TEXTS, image=latents, denoising_start=0.7, output_type="np", generator=seeded()))
+    compare(scheduler, *results)
+
+
+def test_doors_are_for_their_kind_and_say_so(folders: Folders, tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="is for Stable Diffusion XL; open this model with sfumato"):
+        doors_xl.StableDiffusionXLPipeline.from_pretrained(tiny_folder)
+    with pytest.raises(ValueError, match="for models with a CLIP text encoder, and only one"):
+        StableDiffusionPipeline.from_pretrained(folders[BASE])
+    pipe = door(BASE, folders[BASE])
+    with pytest.raises(ValueError, match=r"denoising_end = 1\.5; give a share between 0 and 1"):
+        pipe(PROMPT, denoising_end=1.5)
+    with pytest.raises(ValueError, match=r"denoising_end = 0\.01 of 10 steps leaves none"):
+        pipe(**TEXTS, denoising_end=0.01)
+    with pytest.raises(ValueError, match="prompt_embeds and pooled_prompt_embeds belong together"):
+        pipe(prompt_embeds=torch.zeros(1, 16, 40))
+    with pytest.raises(ValueError, match="aesthetic_score = 11"):
+        pipe(PROMPT, aesthetic_score=11)
+
+
+def test_parts_go_from_door_to_door(folders: Folders) -> None:
+    base = sfumato.DiffusionPipeline.from_pretrained(folders[BASE], add_watermarker=False)
+    refiner = sfumato.DiffusionPipeline.from_pretrained(
+        folders[REFINER], vae=base.vae, text_encoder_2=base.text_encoder_2
+    )
+    assert type(base) is sfumato.StableDiffusionXLPipeline
+    assert type(refiner) is sfumato.StableDiffusionXLImg2ImgPipeline
+    assert refiner.text_encoder is refiner.tokenizer is None and refiner.text_encoder_2 is base.text_encoder_2
+    other = sfumato.StableDiffusionXLImg2ImgPipeline(**{k: v for k, v in base.components.items() if v is not None})
+    assert other.unet is base.unet and other.tokenizer_2 is base.tokenizer_2
+    assert sfumato.StableDiffusionXLInpaintPipeline.from_pipe(base).vae is base.vae
+    with pytest.raises(ValueError, match="learned words are for models with one CLIP tower"):
+        base.load_textual_inversion("words.pt")
+    with pytest.raises(AttributeError, match="not a transformer"):
+        _ = base._pipe.transformer
+
+
+def test_what_a_door_saves_opens_again(folders: Folders, tmp_path: Path) -> None:
+    for family in (BASE, REFINER, INPAINT):
+        pipe = door(REFINER if family == REFINER else family, folders[family])
+        pipe.save_pretrained(tmp_path / family)
+        for file in (p for p in folders[family].rglob("*") if p.is_file()):
+            again = tmp_path / family / file.relative_to(folders[family])
+            assert file.read_bytes() == again.read_bytes(), file
