@@ -149,8 +149,15 @@ def test_threads_and_neighbours_change_nothing() -> None:
 
 
 def test_the_answer_joins_its_heads_without_a_copy() -> None:
-    got = kernels.attention(*tensors((2, 4, 64, 40), 77, 40))
+    got = kernels.attention(*tensors((2, 4, 72, 40), 77, 40))
     assert got.transpose(1, 2).is_contiguous()
+
+
+def test_where_pytorch_is_as_good_it_answers() -> None:
+    assert kernels.attention_pays(*tensors((2, 8, 4096, 40), 77, 40))
+    assert not kernels.attention_pays(*tensors((2, 8, 64, 160), 64, 160))
+    assert not kernels.attention_pays(*tensors((1, 1, 256, 512), 256, 512))
+    assert not kernels.attention_pays(*(t.bfloat16() for t in tensors((2, 8, 256, 40), 77, 40)))
 
 
 @pytest.mark.parametrize(

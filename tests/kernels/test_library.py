@@ -24,7 +24,7 @@ def fresh() -> Iterator[None]:
 
 def qkv() -> tuple[torch.Tensor, ...]:
     g = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(2, 4, 64, 40, generator=g) for _ in range(3))
+    return tuple(torch.randn(2, 4, 80, 40, generator=g) for _ in range(3))
 
 
 def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
