@@ -126,7 +126,9 @@ EXPORT int sfumato_attention(const Attention *a, int isa, int threads, void *par
 EXPORT int sfumato_group_norm(const GroupNorm *a, int isa, int threads, void *parallel) {
     const PointwiseKernel *k = choose(isa, pointwise_avx2, pointwise_avx512);
     if (!k) return 1;
-    int64_t C = a->C, parts = tasks(a->pixels, C, threads), wide = C / a->groups;
+    int64_t C = a->C, wide = C / a->groups;
+    if (a->B * a->pixels * C < 32768) threads = 1;  // waiting for another thread twice would cost more
+    int64_t parts = tasks(a->pixels, C, threads);
     std::vector<double> sums(a->B * parts * 2 * C);
     std::vector<float> affine(a->B * 2 * C);
     auto part = [&](int64_t i, auto work) {
