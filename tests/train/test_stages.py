@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from sfumato.diffusion.path import VPPath, betas
+from sfumato.cond import Cond
+from sfumato.diffusion.path import FlowPath, VPPath, betas
 from sfumato.diffusion.prediction import get_prediction
 from sfumato.images import to_unit
 from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from sfumato.models.mmdit import MMDiT, MMDiTConfig
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.train.cache import LatentCache
 from sfumato.train.latent import DenoiserLoss, start_plain, train_latent
@@ -103,9 +105,10 @@ def test_untrained_network_has_the_loss_of_a_zero_guess() -> None:
     net = UNet(UNET)
     start_plain(net)
     path = VPPath(betas("scaled_linear", 1000, 0.00085, 0.02))
-    x0, empty = torch.randn(64, 3, 8, 8), torch.zeros(1, 5, 6)
+    x0, empty = torch.randn(64, 3, 8, 8), Cond(torch.zeros(1, 5, 6))
     with torch.no_grad():
-        loss = DenoiserLoss()(net, path, x0, torch.randn(64, 5, 6), empty, torch.Generator().manual_seed(0))
+        cond = Cond(torch.randn(64, 5, 6))
+        loss = DenoiserLoss()(net, path, x0, cond, empty, torch.Generator().manual_seed(0))
     print(f"loss {float(loss['loss']):.3f}")
     assert abs(float(loss["loss"]) - 1) < 0.05
 
@@ -120,8 +123,8 @@ def test_dropped_text_is_the_empty_prompt() -> None:
 
     path = VPPath(betas("scaled_linear", 1000, 0.00085, 0.02))
     loss = DenoiserLoss(drop_text=0.5, pure_noise=0.25)
-    context = torch.ones(4000, 2, 3)
-    loss(Spy(), path, torch.zeros(4000, 1, 1, 1), context, torch.zeros(1, 2, 3), torch.Generator().manual_seed(0))
+    cond, empty = Cond(torch.ones(4000, 2, 3)), Cond(torch.zeros(1, 2, 3))
+    loss(Spy(), path, torch.zeros(4000, 1, 1, 1), cond, empty, torch.Generator().manual_seed(0))
     t, told = seen[0]
     dropped, last = float((told[:, 0, 0] == 0).float().mean()), float((t == 999).float().mean())
     print(f"dropped {dropped:.3f}, at the last time {last:.3f}")
@@ -137,9 +140,7 @@ def test_denoiser_learns_a_text_dependent_colour(tmp_path: Path) -> None:
     write_tensors(shard, {"latents": latents[which.long()].half(), "caption": which, "context": states.half()})
     path = VPPath(betas("scaled_linear", 1000, 0.00085, 0.02))
     loop = LoopConfig(steps=60, batch_size=16, lr=3e-3, warmup=5, cooldown=20, ema=0.8)
-    net = train_latent(UNET, LatentCache([shard]), torch.zeros(1, 5, 6), path, loop, tmp_path / "run")
-    from sfumato.cond import Cond
-
+    net = train_latent(UNET, LatentCache([shard]), Cond(torch.zeros(1, 5, 6)), path, loop, tmp_path / "run")
     with torch.no_grad():
         v = net(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), 999.0, Cond(states))
     x0 = -v.mean((1, 2, 3))  # at the last time v is all but -x0
@@ -147,10 +148,84 @@ def test_denoiser_learns_a_text_dependent_colour(tmp_path: Path) -> None:
     assert x0[0] < -0.5 < 0.5 < x0[1]
 
 
+MMDIT = MMDiTConfig(
+    sample_size=8, in_channels=3, out_channels=3, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+    joint_attention_dim=6, caption_projection_dim=16, pooled_projection_dim=4, pos_embed_max_size=4,
+)  # fmt: skip
+
+
+def test_a_transformer_learns_a_text_dependent_colour_at_both_sizes(tmp_path: Path) -> None:
+    """On a flow at time 1000 the network is shown noise alone, and x0 is the noise less what it says."""
+    states = torch.stack([torch.zeros(5, 6), torch.ones(5, 6)])
+    vectors = torch.stack([torch.zeros(4), torch.ones(4)])
+    latents = torch.stack([torch.full((3, 8, 8), -1.0), torch.full((3, 8, 8), 1.0)])
+    which = torch.arange(64, dtype=torch.int32) % 2
+    shard = tmp_path / "latents-0000.safetensors"
+    rows = latents[which.long()].half()
+    texts = {"caption": which, "context": states.half(), "pooled": vectors.half()}
+    write_tensors(shard, {"latents": rows, "half": rows[..., :4, :4].contiguous(), **texts})
+    loop = LoopConfig(steps=80, batch_size=16, lr=5e-3, warmup=5, cooldown=30, ema=0.8, weight_decay=0.0)
+    loss = DenoiserLoss("flow_prediction", "logit_normal", pure_noise=0.25)
+    empty = Cond(torch.full((1, 5, 6), -1.0), torch.full((1, 4), -1.0))
+    run = tmp_path / "run"
+    net = train_latent(MMDIT, LatentCache([shard]), empty, FlowPath(), loop, run, loss, half=0.5)
+    assert isinstance(net, MMDiT)
+    for side in (8, 4):
+        eps = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            x0 = (eps - net(eps, 1000.0, Cond(states, vectors))).mean((1, 2, 3))
+        print(f"{side}x{side}: predicted latents {x0.tolist()}, wanted -1 and 1")
+        assert x0[0] < -0.5 < 0.5 < x0[1]
+    lone = tmp_path / "lone.safetensors"
+    write_tensors(lone, {"latents": rows, **texts})
+    with pytest.raises(ValueError, match="no pictures of half the side; delete it, or set half to 0"):
+        LatentCache([lone]).batch(2, torch.Generator(), half=True)
+
+
+def test_the_times_of_a_flow_are_no_whole_numbers_and_end_at_pure_noise() -> None:
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+            seen.append((x, t, cond))
+            return x
+
+    cond, empty = Cond(torch.ones(4000, 2, 3), torch.ones(4000, 5)), Cond(torch.zeros(1, 2, 3), torch.zeros(1, 5))
+    loss = DenoiserLoss("flow_prediction", "logit_normal", drop_text=0.5, pure_noise=0.25)
+    loss(Spy(), FlowPath(3.0), torch.full((4000, 1, 1, 1), 50.0), cond, empty, torch.Generator().manual_seed(0))
+    x, t, told = seen[0]
+    pure = t == 1000
+    print(f"{pure.float().mean():.3f} pure, between {t[~pure].min():.1f} and {t[~pure].max():.1f}")
+    assert abs(float(pure.float().mean()) - 0.25) < 0.03 and x[pure].abs().max() < 6
+    assert (t != t.floor()).float().mean() > 0.7 and abs(float(t[~pure].median()) - 500) < 20
+    assert told.context is not None and told.pooled is not None
+    assert torch.equal(told.context[:, 0, 0] == 0, told.pooled[:, 0] == 0)
+
+
+def test_a_recipe_takes_its_parts_from_a_base_or_makes_them(tmp_path: Path) -> None:
+    place = Path(__file__).parents[2] / "recipes/mmdit.yaml"
+    recipe = read_recipe(place)
+    part, config = recipe.denoiser
+    assert recipe.base == "mini" and isinstance(config, MMDiTConfig) and part.loss.density == "logit_normal"
+    with torch.device("meta"):
+        count = sum(p.numel() for p in MMDiT(config).parameters())
+    print(f"{count:,} parameters")
+    assert 10e6 < count < 25e6
+    bad = tmp_path / "bad.yaml"
+    for old, new, message in (
+        ("base: mini", "", "give base, or text and vae"),
+        ("base: mini", "base: mini\ntext: {}", "give base, or text and vae"),
+        ("transformer:", "other:", "other: Extra inputs are not permitted|give one denoiser, unet or transformer"),
+    ):
+        bad.write_text(place.read_text().replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            read_recipe(bad)
+
+
 def test_the_shipped_recipe_parses() -> None:
     recipe = read_recipe(Path(__file__).parents[2] / "recipes/mini.yaml")
-    assert recipe.unet.loop.steps > 0
-    UNetConfig.from_dict(recipe.unet.config)
+    assert recipe.unet is not None and recipe.vae is not None and recipe.unet.loop.steps > 0
+    assert isinstance(recipe.denoiser[1], UNetConfig)
     AutoencoderConfig.from_dict(recipe.vae.config)
 
 

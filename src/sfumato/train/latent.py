@@ -1,25 +1,28 @@
-"""Second stage: the U-Net on cached latents with text (Rombach et al. 2022, section 3.3)."""
+"""Second stage: the denoiser on cached latents with text (Rombach et al. 2022, section 3.3; Esser et al. 2024)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.cond import Cond
-from sfumato.diffusion.path import VPPath, add_noise
+from sfumato.diffusion.path import FlowPath, VPPath, add_noise
 from sfumato.diffusion.prediction import get_prediction
 from sfumato.diffusion.registry import find
 from sfumato.models.layers import Downsample2D, ResnetBlock2D, Transformer2DModel, Upsample2D
-from sfumato.models.unet import UNet, UNetConfig
+from sfumato.models.unet import UNet
+from sfumato.presets import DenoiserConfig
 from sfumato.runtime import cpu_has_bfloat16
 from sfumato.train import parallel
 from sfumato.train.cache import LatentCache
 from sfumato.train.loop import Loop, LoopConfig, Progress
 from sfumato.train.objectives import DENSITIES, WEIGHTINGS
+from sfumato.weights.parts import NETWORKS, Denoiser
 
 
 @dataclass(frozen=True)
@@ -47,21 +50,22 @@ class DenoiserLoss:
         find(WEIGHTINGS, self.weighting, "weighting")
 
     def __call__(
-        self, net: nn.Module, path: VPPath, x0: Tensor, context: Tensor, empty: Tensor, generator: torch.Generator
+        self, net: nn.Module, path: VPPath | FlowPath, x0: Tensor, cond: Cond, empty: Cond, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """x0 (B, Z, h, w), context (B, L, D), empty (1, L, D) -> named scalars; all chance comes from `generator`."""
+        """x0 (B, Z, h, w), cond of B rows, empty of 1 row -> named scalars; all chance comes from `generator`."""
         count, device = len(x0), x0.device
         eps = torch.randn(x0.shape, generator=generator).to(device)
         u = DENSITIES[self.density](count, generator)
-        last = path.num_train_timesteps - 1
+        n, whole = path.num_train_timesteps, isinstance(path, VPPath)  # a flow's time has no steps and ends at n
         pure = torch.rand(count, generator=generator) < self.pure_noise
-        t = torch.where(pure, last, (u * path.num_train_timesteps).floor()).to(device)  # (B,)
+        t = torch.where(pure, n - 1 if whole else n, (u * n).floor() if whole else u * n).to(device)  # (B,)
         dropped = (torch.rand(count, generator=generator) < self.drop_text).to(device)
-        context = torch.where(dropped[:, None, None], empty, context)
+        told = [None if p is None or e is None else torch.where(dropped.view(-1, *[1] * (p.ndim - 1)), e, p)
+                for p, e in zip(cond.parts, empty.parts, strict=True)]  # fmt: skip
         points = path.at(t)
         x = torch.where(pure.to(device)[:, None, None, None], eps, add_noise(x0, eps, points))
         target = get_prediction(self.prediction).target(x0, eps, points)
-        out = net(x, t, Cond(context))
+        out = net(x, t, Cond(*told))
         error = (out.float() - target).square()
         loss = (error * WEIGHTINGS[self.weighting](points)).mean()
         return {"loss": loss, "mse": error.mean()}
@@ -88,34 +92,40 @@ def start_plain(net: UNet) -> None:
 
 
 def train_latent(
-    config: UNetConfig,
+    config: DenoiserConfig,
     cache: LatentCache,
-    empty: Tensor,
-    path: VPPath,
+    empty: Cond,
+    path: VPPath | FlowPath,
     loop: LoopConfig,
     folder: Path,
     loss: DenoiserLoss = DenoiserLoss(),
     progress: Progress | None = None,
     every: Callable[[int, nn.Module], None] | None = None,
     device: str = "cpu",
-) -> UNet:
-    """Train the U-Net in `folder` (resumed when it holds a checkpoint) and return its averaged weights.
+    half: float = 0.0,
+) -> Denoiser:
+    """Train the denoiser in `folder` (resumed when it holds a checkpoint) and return its averaged weights.
 
-    empty: text states of the empty prompt, (1, L, D). On devices that multiply bfloat16 the forward pass runs
+    empty: what the empty prompt tells, one row. half: share of the steps on pictures of half the side.
+    On devices that multiply bfloat16 the forward pass runs
     under autocast, the weights stay float32.
     """
     torch.manual_seed(loop.seed)
-    net = UNet(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    start_plain(net)
+    net = cast(Denoiser, NETWORKS[type(config)](config))
+    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if isinstance(net, UNet):
+        start_plain(net)
     empty = empty.to(device)
     halves = device.startswith("cuda") or cpu_has_bfloat16()
 
     def losses(step: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed((loop.seed * 1_000_003 + step) * 1009 + parallel.rank())
-        x0, context = cache.batch(parallel.share(loop.batch_size), generator)
+        small = half > 0 and torch.rand(1, generator=generator).item() < half
+        x0, cond = cache.batch(parallel.share(loop.batch_size), generator, small)
         x0 = x0.to(device, memory_format=torch.channels_last, non_blocking=True)
-        context = context.to(device, non_blocking=True)
+        cond = cond.to(device)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=halves):
-            return loss(net, path, x0, context, empty, generator)
+            return loss(net, path, x0, cond, empty, generator)
 
-    return Loop(net, losses, loop, folder, "unet").run(progress, every)
+    name = "unet" if isinstance(net, UNet) else "transformer"
+    return Loop(net, losses, loop, folder, name).run(progress, every)
