@@ -54,3 +54,21 @@ class Cond:
             raise ValueError(f"conditions of different shapes cannot share a batch: {sorted(map(str, signatures))}")
         columns = zip(*(c.parts for c in conds), strict=True)
         return Cond(*(None if column[0] is None else torch.cat(column) for column in columns))
+
+
+class Converted:
+    """Conditions in another dtype, the same object for the same one: a network may keep what it made of it."""
+
+    KEPT = 4
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Cond, torch.dtype, Cond]] = []
+
+    def __call__(self, cond: Cond, dtype: torch.dtype) -> Cond:
+        """The condition with its context and concat in the dtype."""
+        for given, kind, converted in self._known:
+            if given is cond and kind == dtype:
+                return converted
+        converted = cond.to(dtype=dtype)
+        self._known = [*self._known[1 - self.KEPT :], (cond, dtype, converted)]
+        return converted

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sfumato.cli import main
-from sfumato.cli.replay import differing
+from sfumato.cli.replay import company_of, differing
 from sfumato.images import read_made_with, read_recipe
 from sfumato.recipes.embed import png
 
@@ -42,6 +42,22 @@ def test_a_replay_has_the_same_pixels(tiny_folder: Path, capsys: pytest.CaptureF
     assert pixels(f"outputs/00000{suffix}") == pixels(f"a{suffix}")
     assert read_recipe(f"outputs/00000{suffix}") == read_recipe(f"a{suffix}")
     assert len(read_made_with(f"a{suffix}")["model_files_hash"]) == 10
+
+
+def test_a_picture_among_others_is_replayed_among_copies(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sfumato(capsys, PROMPT, "--steps", 3, "-n", 3, "-m", tiny_folder, "-o", "a.png", "-q")
+    assert read_made_with("a-1.png")["company"] == [1, 3]
+    code, _, err = sfumato(capsys, "replay", "a-1.png", "-o", "b.png")
+    assert code == 0 and "b.png has the same pixels as a-1.png" in err, err
+    assert pixels("b.png") == pixels("a-1.png") and read_made_with("b.png") == read_made_with("a-1.png")
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [([1, 3], (1, 3)), ([3, 3], None), ([0, 10**9], None), ([-1, 2], None), (["a", 2], None), (5, None), (None, None)],
+)
+def test_company_is_read_with_care(said: object, read: tuple[int, int] | None) -> None:
+    assert company_of({"company": said}) == read
 
 
 def test_a_sheet_is_replayed_whole(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -21,7 +21,7 @@ from sfumato.pipelines.request import Flag, Request, parse
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sfumato.pipelines.pipeline import Pipeline
+    from sfumato.pipelines.pipeline import Pipeline, Progress
 
 # What a command insists on.
 NEEDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -219,25 +219,37 @@ class MadeWith:
             for name, path in places.items()
         }
 
-    def get(self) -> dict[str, Any]:
-        """Everything, waiting for the fingerprints."""
+    def get(self, company: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Everything, waiting for the fingerprints; company: a picture's place among those that it was made with."""
         found = {name: fingerprint.get() for name, fingerprint in self.sums.items()}
-        return {**self.known, **{name: value for name, value in found.items() if value is not None}}
+        extra = {} if company is None or company[1] == 1 else {"company": list(company)}
+        return {**self.known, **extra, **{name: value for name, value in found.items() if value is not None}}
 
 
-def write(pipe: Pipeline, request: Request, singles: Sequence[Request], places: Places, watch: Watch) -> list[Path]:
+def write(
+    pipe: Pipeline,
+    request: Request,
+    singles: Sequence[Request],
+    places: Places,
+    watch: Watch,
+    company: tuple[int, int] | None = None,
+) -> list[Path]:
     """Make the pictures one group after the other; save and name each as soon as it is there.
 
-    request: what `singles` come from. Returns the paths, the sheet's last.
+    request: what `singles` come from. company: make the only one as the picture at this place among so many.
+    Returns the paths, the sheet's last.
     """
     from sfumato import images
+    from sfumato.pipelines.making import companies
     from sfumato.pipelines.matrix import columns_of
 
     made_with = MadeWith(pipe)
     pictures: list[Image] = []
     paths: list[Path] = []
-    for i, (single, picture) in enumerate(pipe.stream(singles, watch.step)):
-        paths.append(places.picture(i, picture, single, made_with.get()))
+    among = companies(pipe, singles) if company is None else [company]
+    made = pipe.stream(singles, watch.step) if company is None else accompanied(pipe, singles[0], company, watch)
+    for i, (single, picture) in enumerate(made):
+        paths.append(places.picture(i, picture, single, made_with.get(among[i])))
         watch.picture(i, paths[-1], single)
         if places.grid:
             pictures.append(picture)
@@ -248,6 +260,25 @@ def write(pipe: Pipeline, request: Request, singles: Sequence[Request], places: 
         paths.append(places.sheet(sheet, singles[0].model_copy(update=unlike), made_with.get()))
         watch.sheet(paths[-1])
     return paths
+
+
+def accompanied(
+    pipe: Pipeline, single: Request, company: tuple[int, int], watch: Watch
+) -> Iterator[tuple[Request, Image]]:
+    """A picture made at its place among copies of itself, whose numbers of rows decide its last bits."""
+    from dataclasses import replace
+
+    place, many = company
+
+    def step(progress: Progress) -> None:
+        if progress.image == place:
+            watch.step(replace(progress, image=0))
+
+    before, pipe.batch = pipe.batch, many
+    try:
+        yield list(pipe.stream([single] * many, step))[place]
+    finally:
+        pipe.batch = before
 
 
 def tell(notes: Sequence[str], quiet: bool) -> None:

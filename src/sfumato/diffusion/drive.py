@@ -15,6 +15,8 @@ from .path import Point
 from .prediction import Prediction, get_prediction
 from .samplers import Noise, Sampler, Steps, evaluations
 
+KEPT = 4  # joined conditions that a driver remembers: a network may keep what it made of them
+
 
 class Net(Protocol):
     """A network as the driver calls it: x (B, C, H, W), t (B,), cond of B rows -> output like x.
@@ -104,6 +106,7 @@ class Driver:
         self.net = net
         self.active: list[Run] = []
         self.calls = 0
+        self._joined: list[tuple[tuple[Cond, ...], Cond]] = []
 
     def add(self, run: Run) -> None:
         """Let a run take part from the next turn on; one that has already ended is ignored."""
@@ -155,12 +158,21 @@ class Driver:
         times = [query.point.t for (_, query), n in zip(asked, rows, strict=True) for _ in range(n)]
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         t = torch.tensor(times, dtype=exact, device=x.device)  # (B,)
-        cond = Cond.cat([query.cond for _, query in asked])
+        cond = self._told([query.cond for _, query in asked])
         perturb = asked[0][1].perturb
         extra = () if perturb is None else (perturb,)
         self.calls += 1
         out = self.net(x, t, cond, *extra)
         return list(out.to(x.dtype).split(rows))
+
+    def _told(self, conds: Sequence[Cond]) -> Cond:
+        """Conditions of one shape in one; the same object as long as the same ones are asked about."""
+        for parts, joined in self._joined:
+            if len(parts) == len(conds) and all(a is b for a, b in zip(parts, conds, strict=True)):
+                return joined
+        joined = Cond.cat(conds)
+        self._joined = [*self._joined[1 - KEPT :], (tuple(conds), joined)]
+        return joined
 
 
 def drive(

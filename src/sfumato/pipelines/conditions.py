@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -57,19 +57,34 @@ def outfit(request: Request) -> Outfit:
     return Outfit(extract_loras(request.prompt)[1], request.embeddings)
 
 
-def batches(requests: Sequence[Request], most: int) -> Iterator[tuple[int, Outfit, Sequence[Request]]]:
-    """Neighbours of one outfit, tile and refiner, so many at most: (place of the first, outfit, requests)."""
+def batches(
+    requests: Sequence[Request], most: int | Callable[[Request], int]
+) -> Iterator[tuple[int, Outfit, Sequence[Request]]]:
+    """Neighbours to be made together: (place of the first, outfit, requests).
+
+    most: so many of one outfit, tile and refiner; or a function that says how many like a request, and then of those
+          that differ in nothing but their seeds.
+    """
     first = 0
     while first < len(requests):
         wanted = outfit(requests[first])
         end = first + 1
         alike = (wanted, requests[first].tile, requests[first].refiner)
-        while end < min(first + most, len(requests)):
+        limit = most if isinstance(most, int) else most(requests[first])
+        while end < min(first + limit, len(requests)):
             if (outfit(requests[end]), requests[end].tile, requests[end].refiner) != alike:
+                break
+            if not isinstance(most, int) and not siblings(requests[first], requests[end]):
                 break
             end += 1
         yield first, wanted, requests[first:end]
         first = end
+
+
+def siblings(a: Request, b: Request) -> bool:
+    """Whether two requests for a picture each differ in nothing but the seeds."""
+    unlike = {"seed": 0, "variation_seed": 0}
+    return a is b or a.model_copy(update=unlike) == b.model_copy(update=unlike)
 
 
 class Wardrobe:

@@ -19,7 +19,7 @@ from sfumato.diffusion.keep import Keep
 from sfumato.diffusion.samplers import evaluations
 from sfumato.diffusion.samplers.base import Noise
 from sfumato.pipelines.check import PICTURES
-from sfumato.pipelines.conditions import batches
+from sfumato.pipelines.conditions import batches, siblings
 from sfumato.pipelines.enlarge import Windows, enlarged
 from sfumato.pipelines.guided import surrounded
 from sfumato.pipelines.inputs import open_picture
@@ -66,10 +66,9 @@ def latents(
     pipe: Pipeline, singles: Sequence[Request], noise: Tensor | None, callback: Callback | None
 ) -> Iterator[tuple[Request, Tensor]]:
     """Each picture's request and final latent (1, C, h, w), group by group."""
-    most = pipe.batch or (1 if pipe.runtime.device.type == "cpu" else 8)
     pipe.lay_out()
     try:
-        for first, wanted, some in batches(singles, most):
+        for first, wanted, some in batches(singles, most_together(pipe)):
             pipe.dressing().wear(wanted)
             net: Callable[..., Tensor] = RowByRow(pipe.net)
             tile = some[0].tile
@@ -89,6 +88,29 @@ def latents(
                     yield job.request, guidance.ended(z) if isinstance(guidance, Keep) else z
     finally:
         pipe.dressing().undress()
+
+
+def most_together(pipe: Pipeline) -> int | Callable[[Request], int]:
+    """How many pictures share network calls: as the pipeline says, else by their size on this device."""
+    if pipe.batch is not None:
+        return pipe.batch
+
+    def by_size(request: Request) -> int:
+        return pipe.runtime.together(*(cast(int, side) // pipe.factor for side in (request.height, request.width)))
+
+    return by_size if pipe.runtime.device.type == "cpu" else pipe.runtime.together(1, 1)
+
+
+def companies(pipe: Pipeline, singles: Sequence[Request]) -> list[tuple[int, int] | None]:
+    """For each picture its place among how many in its network calls; None where they differ in more than seeds.
+
+    The rounding of products depends on the number of rows, so this belongs to what makes the exact pixels.
+    """
+    found: list[tuple[int, int] | None] = []
+    for _, _, some in batches(singles, most_together(pipe)):
+        alike = all(siblings(some[0], other) for other in some)
+        found += [(i, len(some)) if alike else None for i in range(len(some))]
+    return found
 
 
 def advance(jobs: Sequence[Job], net: Callable[..., Tensor], callback: Callback | None) -> None:

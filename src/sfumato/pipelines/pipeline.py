@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.cond import Cond
+from sfumato.allocator import kept
+from sfumato.cond import Cond, Converted
 from sfumato.diffusion.scheduler import Plan, Scheduler
 from sfumato.images import to_pil
 from sfumato.models.depth import DepthEstimator
@@ -34,6 +35,7 @@ from sfumato.pipelines.refine import check_pair, check_share
 from sfumato.pipelines.request import Request, parse
 from sfumato.pipelines.restore import Restoration, restore
 from sfumato.pipelines.start import remaining
+from sfumato.prepare import prepare
 from sfumato.presets import Preset
 from sfumato.runtime import Runtime, as_it_is, choose
 from sfumato.text.towers import TextEncoder, Tokenizer, Towers
@@ -60,9 +62,9 @@ class Pipeline(Keeping):
     parts:   the components, e.g. from `load_model`.
     runtime: where they run, moved and converted in place; None leaves them where and as they are.
     model:   what requests call this model: a built-in name, a file, a folder or a hub id.
-    batch:   most pictures advanced together in shared network calls. By default one on a CPU, where a picture is
-             then the same to the last bit alone and among others (rounding in PyTorch's matrix products depends on
-             the number of rows), and 8 elsewhere.
+    batch:   most pictures advanced together in shared network calls. By default 8, and on a CPU as many
+             as gain from it: those that differ in their seeds only, 8 of 128x128 pixels, one of 512x512. Rounding
+             depends on the number: among others a picture is the same to 50 dB, alone to the last bit.
 
     The parts are attributes and may be replaced; a new `scheduler` brings its sampler and spacing along.
     """
@@ -92,6 +94,7 @@ class Pipeline(Keeping):
         self.batch = batch
         self.preset: Preset = preset_of(parts)
         self._second: Pipeline | None = None
+        self._converted = Converted()
         self._wardrobe = Wardrobe(self.denoiser, self.towers)
         if runtime is not None:
             self.to()
@@ -336,23 +339,30 @@ class Pipeline(Keeping):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
         singles = self.resolve(requests)
-        done = list(latents(self, singles, noise, callback))
-        kept = [request for request, _ in done]
+        with kept():
+            done = list(latents(self, singles, noise, callback))
+            return self._given_out(done, output_type)
+
+    def _given_out(self, done: Sequence[tuple[Request, Tensor]], output_type: OutputType) -> PipelineOutput:
+        """Requests and final latents as what was asked for."""
+        requests = [request for request, _ in done]
         if not done:
-            return PipelineOutput([], kept)
+            return PipelineOutput([], requests)
         if output_type == "latent":
-            return PipelineOutput(joined([z for _, z in done]), kept)
+            return PipelineOutput(joined([z for _, z in done]), requests)
         pictures = [picture(self, request, z) for request, z in done]
         if output_type == "pt":
-            return PipelineOutput(joined([(x / 2 + 0.5).clamp(0, 1) for x in pictures]), kept)
-        return PipelineOutput([image for x in pictures for image in to_pil(x)], kept)
+            return PipelineOutput(joined([(x / 2 + 0.5).clamp(0, 1) for x in pictures]), requests)
+        return PipelineOutput([image for x in pictures for image in to_pil(x)], requests)
 
     def stream(
         self, requests: Request | Sequence[Request], callback: Callback | None = None
     ) -> Iterator[tuple[Request, Image.Image]]:
         """The pictures of some requests one by one, each given out as soon as its group is done."""
-        for request, z in latents(self, self.resolve(requests), None, callback):
-            yield request, to_pil(picture(self, request, z))[0]
+        singles = self.resolve(requests)
+        with kept():
+            for request, z in latents(self, singles, None, callback):
+                yield request, to_pil(picture(self, request, z))[0]
 
     def resolve(self, requests: Request | Sequence[Request]) -> list[Request]:
         """One complete request a picture: preferences filled in, this model named, checked against it.
@@ -383,7 +393,7 @@ class Pipeline(Keeping):
         """The denoiser in the runtime's dtype: (B, C, h, w) to the same, float32; perturb: see `models/perturb.py`."""
         dtype = self.runtime.dtype
         with perturbed(self.denoiser, perturb):
-            out = self.denoiser(x.to(dtype), t, cond.to(dtype=dtype)).float()
+            out = self.denoiser(x.to(dtype), t, self._converted(cond, dtype)).float()
         if not is_finite(out):
             named = networks_of(self)
             raise blame(next(iter(named)), named)
@@ -421,10 +431,11 @@ class Pipeline(Keeping):
         return self._second
 
     def lay_out(self) -> None:
-        """Bring weights into the runtime's layout; not before the first use, so that opening a model copies nothing."""
+        """Bring networks into the runtime's form; not before the first use, so that opening a model copies nothing."""
         if self.runtime.channels_last and self._residence is None:
-            lay_out(self.denoiser)
-            lay_out(self.vae)
+            for network in (self.denoiser, self.vae):
+                lay_out(network)
+                prepare(network)
 
     def dressing(self) -> Wardrobe:
         """The networks as they are now, with what they wear."""
