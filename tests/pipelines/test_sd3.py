@@ -15,6 +15,7 @@ from torch import Tensor
 from sfumato.pipelines.pipeline import Pipeline
 from sfumato.weights.folder import save_folder
 
+from ..models.parity import assert_close
 from ..tiny_sd3 import VARIANTS, tiny_sd3
 
 PROMPT, NEGATIVE = "a red fox jumps over", "two green frogs"
@@ -98,3 +99,15 @@ def test_sides_are_whole_patches(folders: dict[str, Path]) -> None:
     pipe = Pipeline.from_pretrained(folders["sd3"])
     with pytest.raises(ValueError, match="width = 60 is not a multiple of 8; the nearest that is: 64"):
         pipe(PROMPT, width=60, height=64)
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inpainting_keeps_sixteen_channels(folders: dict[str, Path], strength: float) -> None:
+    """Latents are compared: diffusers' pipeline for this task decodes them without the autoencoder's shift."""
+    told = {"strength": strength, "num_inference_steps": 5, "guidance_scale": 4.0, "output_type": "latent"}
+    both = {"image": picture(), "height": 64, "width": 64}
+    pipe = Pipeline.from_pretrained(folders["sd3.5-medium"])
+    ours = pipe(PROMPT, mask=mask(), mask_blur=0, paste=False, seed=3, **told, **both)  # type: ignore[arg-type]
+    theirs = peer(folders["sd3.5-medium"], "Inpaint")(PROMPT, mask_image=mask(), generator=seeded(), **told, **both)
+    assert isinstance(ours.images, Tensor)
+    assert_close(f"latents at strength {strength}", ours.images, theirs.images)
