@@ -53,7 +53,7 @@ def lora(context: int) -> dict[str, torch.Tensor]:
 
 def fill(root: Path, tiny_folder: Path) -> None:
     write_tensors(root / "v1.safetensors", checkpoint(768))
-    write_tensors(root / "xl.safetensors", checkpoint(2048) | {"conditioner.embedders.0.x": torch.zeros(1)})
+    write_tensors(root / "flux.safetensors", checkpoint(2048) | {"double_blocks.0.x": torch.zeros(1)})
     write_tensors(root / "Lora" / "ink.safetensors", lora(768))
     write_tensors(root / "Lora" / "ink2.safetensors", lora(1024))
     write_tensors(root / "embeddings" / "smooth.safetensors", {"emb_params": torch.zeros(3, 1024)})
@@ -75,7 +75,7 @@ def test_what_there_is_is_told_by_content(library: Path, tiny_folder: Path) -> N
     assert kinds == {
         "v1.safetensors": ("unet", "Stable Diffusion 1.x"),
         "mislabelled.pt": ("unet", "Stable Diffusion 1.x"),
-        "xl.safetensors": ("checkpoint", "SDXL, not supported"),
+        "flux.safetensors": ("checkpoint", "FLUX, not supported"),
         "Lora/ink.safetensors": ("lora", "Stable Diffusion 1.x"),
         "Lora/ink2.safetensors": ("lora", "Stable Diffusion 2.x"),
         "embeddings/smooth.safetensors": ("embedding", "Stable Diffusion 2.x"),

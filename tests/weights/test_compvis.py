@@ -24,13 +24,15 @@ from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
 from sfumato.models.layers import Attention
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.models.vq import VQConfig, VQModel
+from sfumato.presets import classic
 from sfumato.weights import compvis
 from sfumato.weights.keymap import KeyMap
 
 Tensors = dict[str, Tensor]
-UNETS = {preset.name: preset.denoiser for preset in presets.SINGLE if preset.name != "mini"}
-SD_VAE, BERT = presets.SD15.vae, LDMBertConfig()
-CLIP_L, OPENCLIP_H = presets.CLIP_L, presets.OPENCLIP_H
+UNETS = {preset.name: preset.denoiser for preset in presets.SINGLE if isinstance(preset.denoiser, UNetConfig)}
+UNETS.pop("mini")
+SD_VAE, BERT = classic.SD15.vae, LDMBertConfig()
+CLIP_L, OPENCLIP_H = classic.CLIP_L, classic.OPENCLIP_H
 
 
 def meta(build: Callable[[], nn.Module]) -> Tensors:
@@ -76,6 +78,17 @@ LANDMARKS = {
         "input_blocks.4.1.transformer_blocks.0.attn1.to_k.weight": (512, 1024),
         "input_blocks.10.0.skip_connection.bias": (1024,),
     },
+    "sdxl": {
+        "label_emb.0.0.weight": (1280, 2816),
+        "label_emb.0.2.weight": (1280, 1280),
+        "input_blocks.8.1.transformer_blocks.9.attn2.to_k.weight": (1280, 2048),
+        "output_blocks.5.2.conv.weight": (640, 640, 3, 3),
+    },
+    "sdxl-inpaint": {"input_blocks.0.0.weight": (320, 9, 3, 3)},
+    "sdxl-refiner": {
+        "label_emb.0.0.weight": (1536, 2560),
+        "output_blocks.2.1.conv.weight": (1536, 1536, 3, 3),
+    },
     "ldm-text": {"middle_block.1.transformer_blocks.0.attn2.to_k.weight": (1280, 1280)},
     "ldm-class": {
         "input_blocks.10.1.transformer_blocks.0.attn2.to_k.weight": (960, 512),
@@ -95,6 +108,7 @@ LANDMARKS = {
 def test_full_size_unets_are_covered(name: str) -> None:
     theirs = assert_bijective(compvis.unet_map(UNETS[name]), meta(lambda: UNet(UNETS[name])))
     count = {"x4-upscaler": 687, "ldm-class": 688, "ldm-unconditional": 368}
+    count |= {"sdxl": 1680, "sdxl-inpaint": 1680, "sdxl-refiner": 1220}
     assert len(theirs) == count.get(name, 686)
     expected = LANDMARKS.get(name, {})
     assert {key: tuple(theirs[key].shape) for key in expected} == expected
@@ -104,8 +118,8 @@ def test_full_size_unets_are_covered(name: str) -> None:
 
 VAES = {
     "KL f8": (SD_VAE, 248),
-    "KL f4": (presets.UPSCALER.vae, 204),
-    "VQ f4": (presets.VQ_F4, 205),
+    "KL f4": (classic.UPSCALER.vae, 204),
+    "VQ f4": (classic.VQ_F4, 205),
 }
 
 

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sfumato.presets.classic import SD15, SD21, SD21_BASE
-from sfumato.weights.detect import UNET, VAE, identify
+from sfumato.weights.detect import DENOISER, VAE, identify
 from sfumato.weights.model import load_model
+from sfumato.weights.note import NOTE
 from sfumato.weights.parts import Components
 from sfumato.weights.report import bad_numbers, report
-from sfumato.weights.single import NOTE, Single, load_single, save_single
+from sfumato.weights.single import Single, load_single, save_single
 from sfumato.weights.source import open_weights
 
 from .tiny_models import RELEASED, TINY, random_parts
@@ -48,19 +49,19 @@ def test_a_file_is_recognised_and_read_back_bit_for_bit(name: str, tmp_path: Pat
     parts, path = saved(name, tmp_path)
     single = load_single(path, None, presets=TINIES)
     assert single.preset.name == name
-    assert single.preset.denoiser == parts.unet.config and single.preset.vae == parts.vae.config
+    assert single.preset.denoiser == parts.denoiser.config and single.preset.vae == parts.vae.config
     assert_same(single, parts)
     assert single.scheduler.config == parts.scheduler.config
 
 
 def test_the_released_models_are_told_apart() -> None:
     """Each true size gives a signature of its own, but for the pair that differs in its prediction only."""
-    from sfumato.weights.detect import signature_of
+    from sfumato.weights.signatures import signature_of
 
     signatures: dict[Any, list[str]] = {}
     for preset in RELEASED:
-        text = None if preset.text is None else signature_of(preset.text)
-        signatures.setdefault((signature_of(preset.denoiser), signature_of(preset.vae), text), []).append(preset.name)
+        texts = tuple(map(signature_of, preset.texts))
+        signatures.setdefault((signature_of(preset.denoiser), signature_of(preset.vae), texts), []).append(preset.name)
     assert [names for names in signatures.values() if len(names) > 1] == [["sd21", "sd21-base"]]
 
 
@@ -111,11 +112,11 @@ def test_averaged_weights(tmp_path: Path, name: str) -> None:
     shadow = {"model_ema." + n.removeprefix("model.").replace(".", ""): t + 1 for n, t in unet.items()}
     counters = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5)}
     save_file(tensors | shadow | counters, path, {"format": "pt"})
-    plain, averaged = (load_single(path, None, ema=ema, presets=TINIES).networks[UNET] for ema in (False, True))
+    plain, averaged = (load_single(path, None, ema=ema, presets=TINIES).networks[DENOISER] for ema in (False, True))
     assert same(plain, parts.unet)
     for n, weight in averaged.state_dict().items():
         assert torch.equal(weight, parts.unet.state_dict()[n] + 1)
-    default = load_single(path, None, presets=TINIES).networks[UNET]
+    default = load_single(path, None, presets=TINIES).networks[DENOISER]
     assert same(default, averaged if name == "ldm-class" else plain)
 
 
@@ -141,7 +142,7 @@ def test_a_file_without_a_part_needs_a_base(tmp_path: Path) -> None:
     bare = {n.removeprefix("model.diffusion_model."): t for n, t in tensors.items() if n.startswith("model.diff")}
     save_file(bare, tmp_path / "unet.safetensors", {"format": "pt"})
     single = load_single(tmp_path / "unet.safetensors", None, presets=TINIES)
-    assert list(single.networks) == [UNET] and same(single.networks[UNET], parts.unet)
+    assert list(single.networks) == [DENOISER] and same(single.networks[DENOISER], parts.unet)
     assert single.missing == [VAE, "text_encoder"]
 
 

@@ -31,9 +31,10 @@ __all__ = [
     "pipelines",
 ]
 
+ALIKE = ("sdxl-turbo", "sdxl-lightning", "sdxl-lcm", "sd35-large-turbo")
 PRESETS: tuple[Preset, ...] = (*CLASSIC, *XL, *SD3)
-SINGLE = CLASSIC
-"""Those that are read from one file."""
+SINGLE = tuple(preset for preset in PRESETS if preset.name not in ALIKE)
+"""Those that are read from one file: what was distilled from a model looks the same and is read as that model."""
 BUILT_IN = {"mini": Path(__file__).parent.parent / "assets" / "mini"}
 
 

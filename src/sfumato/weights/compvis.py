@@ -7,6 +7,8 @@ first_stage_model.              the autoencoder                 vae_map
 cond_stage_model.transformer.   CLIP or the LDM's BERT          clip_map, bare_clip_map, bert_map
 cond_stage_model.model.         OpenCLIP                        openclip_map
 cond_stage_model.               the class embedder              classes_map
+conditioner.embedders.0.transformer.    SDXL's CLIP             clip_map
+conditioner.embedders.1.model.          SDXL's OpenCLIP, in the refiner number 0    openclip_map
 depth_model.model.              the depth estimator             dpt.midas_map
 model_ema.                      averages of the U-Net, see ema_name
 
@@ -53,6 +55,8 @@ FILE_EXTRAS = (
     "cond_stage_model.logit_scale",
     "low_scale_model.*",
     "embedding_manager.*",
+    "denoiser.sigmas",
+    "text_encoders.*.logit_scale",
 )
 
 UNET_RESNET = {
@@ -160,7 +164,8 @@ def bare_clip_map(config: CLIPTextConfig) -> KeyMap:
 def openclip_map(config: CLIPTextConfig) -> KeyMap:
     """OpenCLIP's text tower (open_clip/transformer.py), whose q, k and v are one matrix.
 
-    The files of SD 2.x have one more layer than the model reads, and a projection: these are extras.
+    The files of SD 2.x have one more layer than the model reads, and a projection: these are extras. Where a model
+    reads the projection, theirs multiplies from the right.
     """
     layers = config.num_hidden_layers
     blocks = {f"text_model.encoder.layers.{i}": f"transformer.resblocks.{i}" for i in range(layers)}
@@ -170,6 +175,8 @@ def openclip_map(config: CLIPTextConfig) -> KeyMap:
         block, _, part = name.partition(".self_attn.")
         if name == "text_model.embeddings.position_embedding.weight":
             rows.append(Row((name,), "positional_embedding"))
+        elif name == "text_projection.weight":
+            rows.append(Row((name,), "text_projection", "transposed"))
         elif part.startswith("q_proj."):
             kind = part.removeprefix("q_proj.")
             fused = tuple(f"{block}.self_attn.{x}_proj.{kind}" for x in "qkv")
@@ -226,6 +233,8 @@ def unet_blocks(c: UNetConfig) -> Iterator[tuple[str, str]]:
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
         "class_embedding": "label_emb",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
         "conv_in": "input_blocks.0.0",
         "mid_block.resnets.0": "middle_block.0",
         "mid_block.attentions.0": "middle_block.1",

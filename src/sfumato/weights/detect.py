@@ -15,17 +15,34 @@ from sfumato.models.autoencoder import AutoencoderConfig
 from sfumato.models.bert import LDMBertConfig
 from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
-from sfumato.models.dpt import STATES, DPTConfig
+from sfumato.models.dpt import DPTConfig
+from sfumato.models.mmdit import MMDiTConfig
+from sfumato.models.t5 import T5Config
 from sfumato.models.unet import UNetConfig
 from sfumato.models.vq import VQConfig
 from sfumato.presets import SINGLE, DenoiserConfig, Preset, TextConfig, VAEConfig
-from sfumato.weights import compvis, dpt
+from sfumato.weights import compvis, dpt, sd3, t5
 from sfumato.weights.keymap import KeyMap, Row
 from sfumato.weights.parts import network
-from sfumato.weights.source import Info, Weights
+from sfumato.weights.signatures import (
+    Shapes,
+    Signature,
+    depth_midas,
+    mmdit_folder,
+    mmdit_original,
+    signature_of,
+    table_of,
+    unet_compvis,
+    unet_folder,
+    vae_compvis,
+    vae_folder,
+)
+from sfumato.weights.source import Weights
 
-UNET, VAE, TEXT, DEPTH = "unet", "vae", "text_encoder", "depth_estimator"
-PARTS = (UNET, VAE, TEXT, DEPTH)
+DENOISER, VAE, TEXT, TEXT_2, TEXT_3 = "denoiser", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"
+DEPTH = "depth_estimator"
+TOWERS = (TEXT, TEXT_2, TEXT_3)
+PARTS = (DENOISER, VAE, *TOWERS, DEPTH)
 EMA = "model_ema."
 # How many steps the two 512-pixel models of the Stable Diffusion 2 kind had been trained when they were published;
 # their weights look like those of the 768-pixel ones, which predict v.
@@ -33,8 +50,6 @@ BASE_STEPS = ("875000", "220000")
 # Names under which programs note the prediction type in a file's metadata, and tensors that stand for "v".
 PREDICTION_NOTES = ("sfumato.prediction", "modelspec.prediction_type", "modelspec.predict_type", "prediction_type")
 V_MARKS = ("v_pred",)
-Shapes = Mapping[str, Info]
-Signature = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -87,80 +102,6 @@ def plain_map(config: Any) -> KeyMap:
     return KeyMap(tuple(Row((name,), name) for name in names))
 
 
-def unet_compvis(infos: Shapes, prefix: str) -> Signature:
-    """Input channels, channels of the finest level, width of the context, number of class labels."""
-    return _unet(infos, prefix, "input_blocks.0.0.weight", "label_emb.weight")
-
-
-def unet_folder(infos: Shapes, prefix: str) -> Signature:
-    """The same in the folder layout."""
-    return _unet(infos, prefix, "conv_in.weight", "class_embedding.weight")
-
-
-def _unet(infos: Shapes, prefix: str, first: str, labels: str) -> Signature:
-    channels, inputs = infos[prefix + first].shape[:2]
-    context = next(
-        (i.shape[-1] for n, i in infos.items() if n.startswith(prefix) and n.endswith("attn2.to_k.weight")), None
-    )
-    rows = infos[prefix + labels].shape[0] if prefix + labels in infos else None
-    return inputs, channels, context, rows
-
-
-def vae_compvis(infos: Shapes, prefix: str) -> Signature:
-    """Kind, latent channels, channels of the finest level, levels."""
-    return _vae(infos, prefix, "encoder.down.{}.block.0.norm1.weight")
-
-
-def vae_folder(infos: Shapes, prefix: str) -> Signature:
-    """The same in the folder layout."""
-    return _vae(infos, prefix, "encoder.down_blocks.{}.resnets.0.norm1.weight")
-
-
-def _vae(infos: Shapes, prefix: str, level: str) -> Signature:
-    codes = infos.get(prefix + "quantize.embedding.weight")
-    latent = infos[prefix + "decoder.conv_in.weight"].shape[1]
-    levels = 0
-    while prefix + level.format(levels) in infos:
-        levels += 1
-    return "KL" if codes is None else "VQ", latent, infos[prefix + "encoder.conv_in.weight"].shape[0], levels
-
-
-def depth_midas(infos: Shapes, prefix: str) -> Signature:
-    """Width, number of tokens, channels of the states that are fused."""
-    model = f"{prefix}pretrained.model"
-    states = (infos.get(f"{prefix}scratch.layer{i + 1}_rn.weight") for i in range(STATES))
-    tokens = infos.get(f"{model}.pos_embed")
-    return (
-        infos[f"{model}.cls_token"].shape[-1],
-        None if tokens is None else tokens.shape[1],
-        tuple(state.shape[1] for state in states if state is not None),
-    )
-
-
-def table_of(name: str) -> Callable[[Shapes, str], Signature]:
-    """The signature of a text tower: the size (rows, width) of its table of embeddings."""
-    return lambda infos, prefix: tuple(infos[prefix + name].shape)
-
-
-def signature_of(config: Any) -> Signature:
-    """What `Dialect.signature` gives for a component of this configuration."""
-    if isinstance(config, UNetConfig):
-        context = config.cross_attention_dim if config.has_cross_attention else None
-        return config.in_channels, config.block_out_channels[0], context, config.num_class_embeds
-    if isinstance(config, AutoencoderConfig | VQConfig):
-        kind = "VQ" if isinstance(config, VQConfig) else "KL"
-        return kind, config.latent_channels, config.block_out_channels[0], len(config.block_out_channels)
-    if isinstance(config, CLIPTextConfig):
-        return config.vocab_size, config.hidden_size
-    if isinstance(config, LDMBertConfig):
-        return config.vocab_size, config.d_model
-    if isinstance(config, ClassEmbedderConfig):
-        return config.num_classes, config.embed_dim
-    if isinstance(config, DPTConfig):
-        return config.hidden_size, 1 + config.grid**2, config.neck_hidden_sizes
-    raise TypeError(f"{type(config).__name__} is no configuration of a known network")
-
-
 def spells(dialect: Dialect, config: Any) -> bool:
     """Whether a configuration is of the kind that a dialect writes.
 
@@ -172,25 +113,55 @@ def spells(dialect: Dialect, config: Any) -> bool:
 
 
 OLD_VAE = "diffusers up to 0.14"
+WHOLE = ("model.diffusion_model.", "")  # in front of a denoiser's names
 CLIP_TABLE = "embeddings.token_embedding.weight"
-DIALECTS: tuple[Dialect, ...] = (
-    Dialect(
-        UNET,
-        "CompVis",
-        "input_blocks.0.0.weight",
-        ("model.diffusion_model.", ""),
-        UNetConfig,
-        compvis.unet_map,
-        unet_compvis,
+# In front of the names of each tower, in the layouts of whole models.
+SD3_TOWERS = {TEXT: "text_encoders.clip_l.", TEXT_2: "text_encoders.clip_g.", TEXT_3: "text_encoders.t5xxl."}
+CLIP_PREFIXES: Mapping[str, tuple[str, ...]] = {
+    TEXT: (
+        compvis.CLIP,
+        "conditioner.embedders.0.transformer.",
+        SD3_TOWERS[TEXT] + "transformer.",
+        "text_encoder.",
+        "",
     ),
-    Dialect(
-        UNET,
-        "diffusers",
-        "down_blocks.0.resnets.0.conv1.weight",
-        ("unet.", ""),
-        UNetConfig,
-        plain_map,
-        unet_folder,
+    TEXT_2: (SD3_TOWERS[TEXT_2] + "transformer.", "text_encoder_2."),
+}
+OPENCLIP_PREFIXES: Mapping[str, tuple[str, ...]] = {
+    TEXT: (compvis.OPENCLIP,),
+    TEXT_2: ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
+}
+T5_PREFIXES = (SD3_TOWERS[TEXT_3] + "transformer.", "text_encoder_3.", "")
+DIALECTS: tuple[Dialect, ...] = (
+    *(
+        Dialect(DENOISER, name, anchor, prefixes, config, table, signature)
+        for name, anchor, prefixes, config, table, signature in (
+            ("CompVis", "input_blocks.0.0.weight", WHOLE, UNetConfig, compvis.unet_map, unet_compvis),
+            (
+                "diffusers",
+                "down_blocks.0.resnets.0.conv1.weight",
+                ("unet.", ""),
+                UNetConfig,
+                plain_map,
+                unet_folder,
+            ),
+            (
+                "Stability",
+                "joint_blocks.0.x_block.attn.qkv.weight",
+                WHOLE,
+                MMDiTConfig,
+                sd3.mmdit_map,
+                mmdit_original,
+            ),
+            (
+                "diffusers",
+                "transformer_blocks.0.attn.add_q_proj.weight",
+                ("transformer.", ""),
+                MMDiTConfig,
+                plain_map,
+                mmdit_folder,
+            ),
+        )
     ),
     *(
         Dialect(VAE, name, anchor, ("first_stage_model.", "vae.", ""), config, table, signature)
@@ -201,50 +172,29 @@ DIALECTS: tuple[Dialect, ...] = (
         )
         for config in (AutoencoderConfig, VQConfig)
     ),
-    Dialect(
-        TEXT,
-        "CLIP",
-        f"text_model.{CLIP_TABLE}",
-        ("cond_stage_model.transformer.", "text_encoder.", ""),
-        CLIPTextConfig,
-        compvis.clip_map,
-        table_of(f"text_model.{CLIP_TABLE}"),
+    *(
+        Dialect(part, name, anchor, prefixes[part], CLIPTextConfig, table, table_of(tokens))
+        for name, anchor, tokens, prefixes, table in (
+            ("CLIP", f"text_model.{CLIP_TABLE}", f"text_model.{CLIP_TABLE}", CLIP_PREFIXES, compvis.clip_map),
+            ("CLIP, names cut short", CLIP_TABLE, CLIP_TABLE, CLIP_PREFIXES, compvis.bare_clip_map),
+            (
+                "OpenCLIP",
+                "transformer.resblocks.0.attn.in_proj_weight",
+                "token_embedding.weight",
+                OPENCLIP_PREFIXES,
+                compvis.openclip_map,
+            ),
+        )
+        for part in (TEXT, TEXT_2)
     ),
-    Dialect(
-        TEXT,
-        "CLIP, names cut short",
-        CLIP_TABLE,
-        ("cond_stage_model.transformer.", "text_encoder.", ""),
-        CLIPTextConfig,
-        compvis.bare_clip_map,
-        table_of(CLIP_TABLE),
-    ),
-    Dialect(
-        TEXT,
-        "OpenCLIP",
-        "transformer.resblocks.0.attn.in_proj_weight",
-        ("cond_stage_model.model.",),
-        CLIPTextConfig,
-        compvis.openclip_map,
-        table_of("token_embedding.weight"),
-    ),
-    Dialect(
-        TEXT,
-        "x-transformers",
-        "token_emb.weight",
-        ("cond_stage_model.transformer.",),
-        LDMBertConfig,
-        compvis.bert_map,
-        table_of("token_emb.weight"),
-    ),
-    Dialect(
-        TEXT,
-        "class table",
-        "embedding.weight",
-        ("cond_stage_model.",),
-        ClassEmbedderConfig,
-        compvis.classes_map,
-        table_of("embedding.weight"),
+    *(
+        Dialect(part, name, anchor, prefixes, config, table, table_of(anchor))
+        for part, name, anchor, prefixes, config, table in (
+            (TEXT, "x-transformers", "token_emb.weight", (compvis.BERT,), LDMBertConfig, compvis.bert_map),
+            (TEXT, "class table", "embedding.weight", (compvis.CLASSES,), ClassEmbedderConfig, compvis.classes_map),
+            (TEXT_3, "T5", "shared.weight", T5_PREFIXES, T5Config, t5.t5_map),
+            (TEXT_3, "T5 of llama.cpp", "token_embd.weight", ("",), T5Config, t5.ggml_map),
+        )
     ),
     Dialect(
         DEPTH,
@@ -256,6 +206,24 @@ DIALECTS: tuple[Dialect, ...] = (
         depth_midas,
     ),
 )
+
+
+def home_of(preset: Preset, part: str, config: Any) -> tuple[Dialect, str]:
+    """How a component is spelled in one file that holds the whole model, as it was published, and behind what.
+
+    Raises ValueError for a component that no such file has.
+    """
+    prefix = ""
+    if isinstance(preset.denoiser, MMDiTConfig) and part in SD3_TOWERS:
+        prefix = f"{SD3_TOWERS[part]}transformer."
+    elif isinstance(config, CLIPTextConfig):
+        kind = "model." if config.hidden_act == "gelu" else "transformer."
+        number = int(part == TEXT_2 and preset.text is not None)
+        prefix = f"cond_stage_model.{kind}" if preset.text_2 is None else f"conditioner.embedders.{number}.{kind}"
+    for dialect in DIALECTS:
+        if dialect.part == part and spells(dialect, config) and (not prefix or prefix in dialect.prefixes):
+            return dialect, prefix or dialect.prefixes[0]
+    raise ValueError(f"no file in the original layout has such a {part} ({signature_of(config)}); write a folder")
 
 
 def places(infos: Shapes) -> dict[str, Place]:
@@ -287,9 +255,23 @@ def identify(weights: Weights, prediction: str | None = None, presets: Sequence[
     return Found(there, preset, evidence, any(name.startswith(EMA) for name in weights.infos))
 
 
+def label(place: Place) -> str:
+    """What people call a component: the denoiser is a unet or a transformer."""
+    if place.dialect.part != DENOISER:
+        return place.dialect.part
+    return "unet" if place.dialect.config is UNetConfig else "transformer"
+
+
 def config_of(preset: Preset, part: str) -> DenoiserConfig | VAEConfig | TextConfig | DPTConfig | None:
     """A preset's configuration of one component."""
-    return {UNET: preset.denoiser, VAE: preset.vae, TEXT: preset.text, DEPTH: preset.depth}[part]
+    if part in TOWERS:
+        return text_of(preset, part)
+    return {DENOISER: preset.denoiser, VAE: preset.vae, DEPTH: preset.depth}[part]
+
+
+def text_of(preset: Preset, part: str) -> TextConfig | None:
+    """A preset's configuration of one text tower."""
+    return (preset.text, preset.text_2, preset.text_3)[TOWERS.index(part)]
 
 
 def _fits(preset: Preset, place: Place) -> bool:

@@ -19,7 +19,7 @@ from sfumato.models.config import check_choice
 
 NAMES = 8  # names listed in an error before "and n more"
 # Trailing axes of length 1 that theirs has where ours is a plain matrix.
-AXES: Mapping[str, int] = {"": 0, "conv1d": 1, "conv1x1": 2, "transposed": 0}
+AXES: Mapping[str, int] = {"": 0, "conv1d": 1, "conv1x1": 2, "transposed": 0, "swapped": 0}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Row:
     """One tensor of theirs and the tensor of ours that it is, or the several that it joins along axis 0.
 
     shape: "" as it is; "conv1x1" theirs is (O, I, 1, 1) for our (O, I); "conv1d" theirs is (O, I, 1);
-    "transposed" theirs is (I, O).
+    "transposed" theirs is (I, O); "swapped" theirs has the second half of our rows before the first.
     heads: with several `ours`, 0 when they follow one another whole; otherwise they are cut into this many parts
     and theirs has the first part of each, then the second of each, and so on.
     """
@@ -45,14 +45,17 @@ class Row:
 
         Raises ValueError when the shape does not allow it.
         """
-        axes, count = AXES[self.shape], len(self.ours) * max(self.heads, 1)
-        flat = not self.shape or (tensor.ndim == 2 + axes and tensor.shape[2:].numel() == 1)
+        swaps = self.shape == "swapped"
+        axes, count = AXES[self.shape], 2 if swaps else len(self.ours) * max(self.heads, 1)
+        flat = swaps or not self.shape or (tensor.ndim == 2 + axes and tensor.shape[2:].numel() == 1)
         divides = count == 1 or (tensor.ndim > 0 and tensor.shape[0] % count == 0)
         if not (flat and divides):
             raise ValueError(
                 f"{self.theirs} of shape {tuple(tensor.shape)} cannot become {', '.join(self.ours)}; "
                 f"expected {self._expected(count)}: the file is of another kind than its names say"
             )
+        if swaps:
+            return (_swapped(tensor),)
         tensor = tensor.T if self.shape == "transposed" else tensor.flatten(1) if axes else tensor
         if len(self.ours) == 1:
             return (tensor,)
@@ -71,13 +74,22 @@ class Row:
             tensor = torch.stack([t.unflatten(0, (self.heads, -1)) for t in tensors], dim=1).flatten(0, 2)
         if self.shape == "transposed":
             return tensor.T
+        if self.shape == "swapped":
+            return _swapped(tensor)
         return tensor[(..., *(None,) * AXES[self.shape])]
 
     def _expected(self, count: int) -> str:
         if self.shape == "transposed":
             return "(I, O)"
         rows = "O" if count == 1 else f"multiple of {count}"
-        return f"({rows}, {', '.join(('I', *('1',) * AXES[self.shape]))})" if self.shape else f"({rows}, ...)"
+        if self.shape in ("", "swapped"):
+            return f"({rows}, ...)"
+        return f"({rows}, {', '.join(('I', *('1',) * AXES[self.shape]))})"
+
+
+def _swapped(tensor: Tensor) -> Tensor:
+    """The second half of the rows before the first."""
+    return torch.cat(tensor.chunk(2)[::-1])
 
 
 class LazyTensors(Mapping[str, Tensor]):

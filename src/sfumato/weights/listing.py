@@ -13,10 +13,10 @@ from typing import Any
 
 from sfumato.files import read_json
 from sfumato.weights.adapters.names import made_for
-from sfumato.weights.detect import UNET, VAE, identify, places
+from sfumato.weights.detect import DENOISER, VAE, identify, label, places
 from sfumato.weights.folder import ADAPTER, CONFIG, INDEX, choose
 from sfumato.weights.hub import is_whole, models_folder, stored
-from sfumato.weights.layouts import TEXTS, UNETS, VAES
+from sfumato.weights.layouts import TEXTS, TRANSFORMERS, UNETS, VAES
 from sfumato.weights.report import folder_preset, kind_of
 from sfumato.weights.source import Info, open_weights
 
@@ -37,11 +37,7 @@ WIDTHS: Mapping[int, str] = {
     2048: "SDXL",
 }
 # Names that only families have which this version does not open.
-FOREIGN: Mapping[str, str] = {
-    "conditioner.embedders.": "SDXL",
-    "joint_blocks.": "Stable Diffusion 3",
-    "double_blocks.": "FLUX",
-}
+FOREIGN: Mapping[str, str] = {"double_blocks.": "FLUX"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class Entry:
     """One thing that was found.
 
     name:   as `--model` and the other flags take it.
-    kind:   checkpoint, folder, vae, unet, text encoder, lora, embedding, other, or unreadable.
+    kind:   checkpoint, folder, vae, unet, transformer, text encoder, lora, embedding, other, or unreadable.
     family: of which models it is, or with which it goes; for what is unreadable, why.
     size:   in bytes on the disk.
     source: "models folder" or "hub cache".
@@ -121,10 +117,10 @@ def _file(path: Path) -> tuple[str, str]:
         foreign = next((family for mark, family in FOREIGN.items() if any(mark in name for name in infos)), "")
         adapter = kind_of(infos) == "adapter"
         there = {} if adapter else places(infos)
-        if UNET in there or (foreign and not adapter):
+        if DENOISER in there or (foreign and not adapter):
             preset = None if foreign else identify(weights).preset
             title = f"{foreign or 'unknown'}, not supported" if preset is None else preset.title
-            return "unet" if list(there) == [UNET] and not foreign else CHECKPOINT, title
+            return label(there[DENOISER]) if list(there) == [DENOISER] and not foreign else CHECKPOINT, title
     if VAE in there:
         kind, channels, _, levels = there[VAE].signature
         return "vae", f"{kind}, {channels} channels, 1/{2 ** (levels - 1)} size"
@@ -148,7 +144,8 @@ def _folder(path: Path) -> tuple[str, str]:
     if (path / ADAPTER).is_file():
         return LORA, ""
     class_name = str(read_json(path / CONFIG).get("_class_name"))
-    known = {**dict.fromkeys(VAES, "vae"), **dict.fromkeys(UNETS, "unet"), **dict.fromkeys(TEXTS, "text encoder")}
+    kinds = (VAES, "vae"), (UNETS, "unet"), (TRANSFORMERS, "transformer"), (TEXTS, "text encoder")
+    known = {name: kind for classes, kind in kinds for name in classes}
     if class_name not in known:
         return OTHER, class_name
     file = choose(os.listdir(path))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
-from sfumato.presets import BUILT_IN, PRESETS, Preset, VAEConfig
+from sfumato.presets import BUILT_IN, PRESETS, VAEConfig
 from sfumato.weights import parts
-from sfumato.weights.detect import DEPTH, PARTS, TEXT, UNET, VAE, places, signature_of, spells
+from sfumato.weights.detect import DENOISER, DEPTH, PARTS, TEXT, TEXT_2, TEXT_3, VAE, places, spells
 from sfumato.weights.folder import load_folder, load_vae_folder, save_folder
 from sfumato.weights.hub import find_model
-from sfumato.weights.parts import Components, HasComponents, preset_of
+from sfumato.weights.parts import Components, HasComponents
+from sfumato.weights.signatures import signature_of
 from sfumato.weights.single import Single, load_single, read_part, save_single
 from sfumato.weights.source import open_weights
+from sfumato.weights.supply import Sources, Supply, completed
 
 UNWRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx")
 
@@ -26,7 +28,7 @@ def load_model(
     device: torch.device | str = "cpu",
     *,
     vae: Path | str | None = None,
-    base: Path | str | None = None,
+    base: Sources = None,
     prediction: str | None = None,
     ema: bool | None = None,
 ) -> Components:
@@ -37,7 +39,8 @@ def load_model(
                 network.
     dtype:      None leaves every tensor as it is stored.
     vae:        where to take the autoencoder from instead: a file, a `vae` folder, or a model folder.
-    base:       a model of the same family that supplies the parts which a file lacks, also an estimator of depth.
+    base:       what supplies the parts that a file lacks: a model of the same family, also of its estimator of depth,
+                or files of text encoders, also of T5's tokenizer; several may be named, see `supply`.
     prediction: overrides what the source says, see `sfumato.diffusion.prediction`.
     ema:        take the averaged U-Net where a file has both kinds; None does as the model was published.
     Raises FileNotFoundError or ValueError in one line.
@@ -90,7 +93,7 @@ def locate(source: Path | str, dtype: torch.dtype | None = None) -> Path:
 def complete(
     single: Single,
     vae: parts.VAE | None,
-    base: Path | str | None,
+    base: Sources,
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> Components:
@@ -98,41 +101,28 @@ def complete(
 
     Raises ValueError when parts are missing and no base is given, or the base is of another family.
     """
-    preset = single.preset
-    networks = dict(single.networks) | ({} if vae is None else {VAE: vae})
-    tokenizer = single.tokenizer
-    missing = [part for part in single.missing if part not in networks]
-    if missing and base is None:
-        names = {UNET: "U-Net", VAE: "autoencoder", TEXT: "text encoder"}
-        wanted = " and no ".join(names[part] for part in missing)
-        raise ValueError(
-            f"{single.path} has no {wanted}; name a model of its family ({preset.title}) that has, with base "
-            "(--base FILE_OR_FOLDER)"
-        )
-    if preset.task == "depth" and DEPTH not in networks:
-        missing.append(DEPTH)  # which may be had, but need not
-    if missing and base is not None:
-        others = load_model(base, dtype, device)
-        theirs = preset_of(others)
-        if _family(theirs) != _family(preset):
-            raise ValueError(
-                f"{base} is {theirs.title}, whose parts do not go with {single.path} ({preset.title}); "
-                "name a base of the same family"
-            )
-        supply: dict[str, Any] = {UNET: others.denoiser, VAE: others.vae, TEXT: others.text_encoder}
-        supply[DEPTH] = others.depth_estimator
-        networks |= {part: supply[part] for part in missing}
-        if TEXT in missing:
-            tokenizer = others.tokenizer
+
+    def whole(path: Path) -> Components:
+        return load_model(path, dtype, device)
+
+    own = Supply() if vae is None else Supply({VAE: vae})
+    found = completed(single, own, base, dtype, device, whole)
+    networks, tokenizers = found.networks, found.tokenizers
+    second, third = (tokenizers.get(part) if part in networks else None for part in (TEXT_2, TEXT_3))
     return Components(
-        denoiser=cast("parts.Denoiser", networks[UNET]),
+        denoiser=cast("parts.Denoiser", networks[DENOISER]),
         vae=cast("parts.VAE", networks[VAE]),
         text_encoder=cast("parts.TextEncoder | None", networks.get(TEXT)),
-        tokenizer=tokenizer,
+        tokenizer=tokenizers.get(TEXT),
         scheduler=single.scheduler,
         low_res_scheduler=single.low_res_scheduler,
-        pipeline=preset.pipeline,
+        pipeline=single.preset.pipeline,
         depth_estimator=cast("parts.DepthEstimator | None", networks.get(DEPTH)),
+        text_encoder_2=cast("parts.TextEncoder | None", networks.get(TEXT_2)),
+        tokenizer_2=second,
+        text_encoder_3=cast("parts.TextEncoder | None", networks.get(TEXT_3)),
+        tokenizer_3=third,
+        force_zeros_for_empty_prompt=single.preset.force_zeros_for_empty_prompt,
     )
 
 
@@ -162,8 +152,3 @@ def load_vae(source: Path | str, dtype: torch.dtype | None, device: torch.device
             f"the model's have {like.latent_channels} and are {like.factor} times smaller: give another autoencoder"
         )
     return loaded
-
-
-def _family(preset: Preset) -> tuple[Any, ...]:
-    """What parts must share to go together: the text states and the latents."""
-    return None if preset.text is None else signature_of(preset.text), preset.vae.latent_channels, preset.vae.factor

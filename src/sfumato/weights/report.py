@@ -14,12 +14,14 @@ import torch
 from sfumato.diffusion.scheduler import Scheduler
 from sfumato.files import read_json
 from sfumato.presets import Preset, of_folder, pipelines
-from sfumato.weights.detect import TEXT, UNET, VAE, Place, config_of, places
+from sfumato.weights.detect import DENOISER, TEXT, VAE, Place, config_of, label, places
 from sfumato.weights.folder import INDEX, weights_file
-from sfumato.weights.single import below, leftovers, read_configuration, recognise
+from sfumato.weights.layouts import ALIASES, LAYOUTS
+from sfumato.weights.note import NOTE, read_configuration
+from sfumato.weights.single import PROJECTION, below, leftovers, needed, recognise, unprojected
 from sfumato.weights.source import Info, Weights, open_weights
 
-Kind = Literal["model", "vae", "unet", "text encoder", "adapter", "embedding", "unknown"]
+Kind = Literal["model", "vae", "unet", "transformer", "text encoder", "adapter", "embedding", "unknown"]
 ADAPTER_ENDINGS = (
     ".lora_down.weight",
     ".lora_A.weight",
@@ -115,13 +117,16 @@ def file_report(weights: Weights) -> Report:
     unknown = leftovers(weights, found)
     for part, place in there.items():
         names = below(weights, there, part)
-        rows.append(part_report(part, place.dialect.name, (weights.infos[name] for name in names)))
+        rows.append(part_report(label(place), place.dialect.name, (weights.infos[name] for name in names)))
         if found.preset is not None:
-            table = place.dialect.table(config_of(found.preset, part)).prefixed(place.prefix)
+            config = config_of(found.preset, part)
+            table = place.dialect.table(config).prefixed(place.prefix)
             theirs = set(table.theirs)
+            if unprojected(config) and NOTE not in weights.metadata:
+                theirs.discard(place.prefix + PROJECTION)
             missing += sorted(theirs - set(names))
             unknown += [name for name in names if name not in theirs and not table.is_extra(name)]
-    needed = [UNET, VAE] + ([TEXT] if found.preset is None or found.preset.text is not None else [])
+    wanted = [DENOISER, VAE, TEXT] if found.preset is None else needed(found.preset)
     return Report(
         weights.path,
         kind_of_parts(there),
@@ -133,7 +138,7 @@ def file_report(weights: Weights) -> Report:
         tuple(rows),
         tuple(missing),
         tuple(unknown),
-        tuple(part for part in needed if part not in there) if UNET in there else (),
+        tuple(part for part in wanted if part not in there) if DENOISER in there else (),
         notes,
     )
 
@@ -159,17 +164,21 @@ def folder_report(path: Path) -> Report:
 
 def folder_preset(path: Path) -> Preset | None:
     """The preset of a model folder, from its configurations alone; None for a class that is not known."""
-    configs = {
-        part: read_configuration(read_json(path / folder / "config.json"))
-        for part, folders in ((UNET, ("unet",)), (VAE, ("vae", "vqvae")), (TEXT, ("text_encoder", "bert")))
-        for folder in folders
-        if (path / folder / "config.json").is_file()
-    }
-    pipeline = read_json(path / INDEX)["_class_name"]
-    if pipeline not in pipelines() or UNET not in configs or VAE not in configs:
+    name = str(read_json(path / INDEX)["_class_name"])
+    family = ALIASES.get(name, name)
+    if family not in LAYOUTS or family not in pipelines():
+        return None
+    layout = LAYOUTS[family]
+
+    def config(folder: str) -> Any:
+        there = (path / folder / "config.json").is_file()
+        return read_configuration(read_json(path / folder / "config.json")) if there else None
+
+    denoiser, vae, texts = config(layout.denoiser), config(layout.vae), tuple(map(config, layout.text_encoders))
+    if denoiser is None or vae is None:
         return None
     scheduler = Scheduler.from_pretrained(path)
-    return of_folder(pipeline, configs[UNET], configs[VAE], (configs.get(TEXT),), scheduler.config, scheduler.spacing)
+    return of_folder(family, denoiser, vae, texts, scheduler.config, scheduler.spacing)
 
 
 def part_report(name: str, spelling: str, infos: Iterable[Info]) -> PartReport:
@@ -191,9 +200,9 @@ def kind_of(infos: Mapping[str, Info]) -> Kind:
 
 
 def kind_of_parts(there: Mapping[str, Place]) -> Kind:
-    """What a file with components is for: a model when it has a U-Net and more."""
-    if UNET in there:
-        return "model" if len(there) > 1 else "unet"
+    """What a file with components is for: a model when it has a denoiser and more."""
+    if DENOISER in there:
+        return "model" if len(there) > 1 else "unet" if label(there[DENOISER]) == "unet" else "transformer"
     return "vae" if VAE in there else "text encoder"
 
 

@@ -1,19 +1,19 @@
 """A model in one file: the layout of the original checkpoints, and of most that people share.
 
-model.diffusion_model.*   the U-Net
+model.diffusion_model.*   the U-Net, in Stable Diffusion 3 the transformer
 first_stage_model.*       the autoencoder
-cond_stage_model.*        the text tower
+cond_stage_model.*        the text tower; the towers of Stable Diffusion XL are conditioner.embedders.*, those of
+                          Stable Diffusion 3 text_encoders.*
 depth_model.*             the depth estimator, in depth models
 model_ema.*               averages of the U-Net, in training checkpoints
 
 Such a file has no configuration; `detect.identify` finds the preset that its shapes match. Files that this package
-writes carry their configuration in the metadata, under a name that other programs pass over.
+writes carry their configuration in the metadata, under a name that other programs pass over, see `note`.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,69 +25,55 @@ from torch import Tensor, nn
 
 from sfumato.diffusion.prediction import get_prediction
 from sfumato.diffusion.scheduler import Scheduler
-from sfumato.models.autoencoder import AutoencoderConfig
-from sfumato.models.bert import LDMBertConfig
-from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
-from sfumato.models.depth import DepthEstimator, DPTProcessorConfig
-from sfumato.models.dpt import DPTConfig
-from sfumato.models.unet import UNetConfig
-from sfumato.models.vq import VQConfig
-from sfumato.presets import SINGLE, Preset, TextConfig, of_folder
-from sfumato.text.bert import BertTokenizer
-from sfumato.text.standard import bert_tokenizer, clip_tokenizer
-from sfumato.text.t5 import T5Tokenizer
-from sfumato.text.tokenizer import END, ClipTokenizer
+from sfumato.models.depth import DepthEstimator
+from sfumato.presets import SINGLE, Preset
 from sfumato.weights import compvis
 from sfumato.weights.detect import (
+    DENOISER,
     DEPTH,
-    DIALECTS,
     PARTS,
-    TEXT,
-    UNET,
+    TEXT_3,
+    TOWERS,
     VAE,
     Found,
     Place,
     config_of,
+    home_of,
     identify,
-    spells,
+    label,
+    text_of,
 )
 from sfumato.weights.keymap import LazyTensors, listed
-from sfumato.weights.parts import HasComponents, Tokenizer, network, preset_of
+from sfumato.weights.note import NOTE, depth_of, describe, noted, read_processor, read_tokenizer
+from sfumato.weights.parts import HasComponents, Tokenizer, network, preset_of, towers_of
 from sfumato.weights.safe import fill, write_tensors
 from sfumato.weights.source import Weights, open_weights
 
-NOTE = "sfumato.model"  # the entry of a file's metadata that holds the configurations, as JSON
-OPENCLIP_PAD = "!"  # id 0, with which the texts of Stable Diffusion 2's tower are filled up
 SHORT_PREDICTIONS = {"v_prediction": "v"}  # as the model specification of file metadata spells it
-CONFIGS: Mapping[str, type] = {
-    "UNet2DConditionModel": UNetConfig,
-    "UNet2DModel": UNetConfig,
-    "AutoencoderKL": AutoencoderConfig,
-    "VQModel": VQConfig,
-    "CLIPTextModel": CLIPTextConfig,
-    "LDMBertModel": LDMBertConfig,
-    "ClassEmbedder": ClassEmbedderConfig,
-    "DPTForDepthEstimation": DPTConfig,
-}
+PROJECTION = "text_projection.weight"
 
 
 @dataclass(frozen=True)
 class Single:
-    """What was read from one file: its preset, and the networks that it holds by component name."""
+    """What was read from one file: its preset, the networks that it holds by component name, tokenizers by place."""
 
     path: Path
     preset: Preset
     networks: Mapping[str, nn.Module]
-    tokenizer: Tokenizer | None
+    tokenizers: tuple[Tokenizer | None, ...]
     scheduler: Scheduler
     low_res_scheduler: Scheduler | None
 
     @property
     def missing(self) -> list[str]:
         """The components that the model needs and the file lacks."""
-        needed = [UNET, VAE] if self.preset.text is None else [UNET, VAE, TEXT]
-        return [part for part in needed if part not in self.networks]
+        return [part for part in needed(self.preset) if part not in self.networks]
+
+
+def needed(preset: Preset) -> list[str]:
+    """The components that pictures cannot be made without; T5 is none of them."""
+    return [DENOISER, VAE, *(part for part in TOWERS if part != TEXT_3 and config_of(preset, part) is not None)]
 
 
 def load_single(
@@ -118,7 +104,7 @@ def load_single(
     averaged = found.ema and (preset.ema if ema is None else ema)
     placed = weights.to(dtype, device)
     networks = {
-        part: read_part(placed, found.places, part, config_of(preset, part), averaged and part == UNET)
+        part: read_part(placed, found.places, part, config_of(preset, part), averaged and part == DENOISER)
         for part in found.places
         if part in only
     }
@@ -128,7 +114,7 @@ def load_single(
         Path(path),
         preset,
         networks,
-        read_tokenizer(weights, preset.text),
+        tuple(read_tokenizer(weights, text_of(preset, part), i) for i, part in enumerate(TOWERS)),
         Scheduler.from_config(preset.scheduler),
         None if preset.low_res_scheduler is None else Scheduler.from_config(preset.low_res_scheduler),
     )
@@ -142,13 +128,14 @@ def save_single(parts: HasComponents, path: Path | str, dtype: torch.dtype | Non
            other programs, and finds released models only.
     """
     preset = preset_of(parts)
-    given = {UNET: parts.denoiser, VAE: parts.vae, TEXT: parts.text_encoder, DEPTH: depth_of(parts)}
+    towers = dict(zip(TOWERS, towers_of(parts).encoders, strict=True))
+    given = {DENOISER: parts.denoiser, VAE: parts.vae, **towers, DEPTH: depth_of(parts)}
     tensors: dict[str, Callable[[], Tensor]] = {}
     for part, module in given.items():
         if module is None:
             continue
-        dialect = next(d for d in DIALECTS if d.part == part and spells(d, module.config))
-        saving = dialect.table(module.config).prefixed(dialect.prefixes[0]).saving(module.state_dict(), part)
+        dialect, prefix = home_of(preset, part, module.config)
+        saving = dialect.table(module.config).prefixed(prefix).saving(module.state_dict(), part)
         tensors |= {name: partial(saving.__getitem__, name) for name in saving}  # made one by one when written
     metadata = {"modelspec.prediction_type": SHORT_PREDICTIONS.get(preset.prediction, preset.prediction)}
     if note:
@@ -176,76 +163,6 @@ def recognise(weights: Weights, prediction: str | None = None, presets: Sequence
     return replace(found, evidence=found.evidence if prediction is not None else "the file's own configuration")
 
 
-def describe(parts: HasComponents) -> dict[str, Any]:
-    """The configurations of a model as JSON, with the tokeniser's files where it is not one of the public ones."""
-    low_res, depth = parts.low_res_scheduler, depth_of(parts)
-    return {
-        "pipeline": parts.pipeline,
-        "unet": parts.denoiser.config.to_dict(),
-        "vae": parts.vae.config.to_dict(),
-        "text": None if parts.text_encoder is None else parts.text_encoder.config.to_dict(),
-        "scheduler": dict(parts.scheduler.config),
-        "low_res_scheduler": None if low_res is None else dict(low_res.config),
-        "tokenizer": tokenizer_files(parts.tokenizer),
-        "depth_estimator": None if depth is None else depth.config.to_dict(),
-        "depth_processor": None if depth is None else depth.processor.to_dict(),
-    }
-
-
-def depth_of(parts: HasComponents) -> DepthEstimator | None:
-    """The estimator of a depth model; models of other tasks are written without."""
-    return parts.depth_estimator if preset_of(parts).task == "depth" else None
-
-
-def read_configuration(raw: Mapping[str, Any]) -> Any:
-    """The configuration in a `config.json`; ValueError for a class of network that is not known."""
-    name = raw.get("_class_name") or next(iter(raw.get("architectures") or ()), None)
-    if name not in CONFIGS:
-        raise ValueError(f"a network of class {name!r} is not supported; known: {', '.join(CONFIGS)}")
-    return CONFIGS[str(name)].from_dict(raw)  # type: ignore[attr-defined]
-
-
-def noted(raw: Mapping[str, Any]) -> Preset:
-    """The preset that `describe` wrote."""
-    text = None if raw["text"] is None else read_configuration(raw["text"])
-    spacing = Scheduler.from_config(raw["scheduler"]).spacing
-    unet, vae = read_configuration(raw["unet"]), read_configuration(raw["vae"])
-    preset = of_folder(raw["pipeline"], unet, vae, (text,), raw["scheduler"], spacing)
-    depth = None if raw.get("depth_estimator") is None else read_configuration(raw["depth_estimator"])
-    return replace(preset, low_res_scheduler=raw["low_res_scheduler"], depth=depth)
-
-
-def tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, str] | None:
-    """The files of a tokeniser's folder by name; None for none and for the public vocabularies."""
-    if tokenizer is None or isinstance(tokenizer, T5Tokenizer):
-        return None
-    public = clip_tokenizer() if isinstance(tokenizer, ClipTokenizer) else bert_tokenizer()
-    if tokenizer.vocabulary == public.vocabulary:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
-
-
-def read_tokenizer(weights: Weights, text: TextConfig | None) -> Tokenizer | None:
-    """The tokeniser of a file: its own where the note has one, else the public one of such a text tower."""
-    files = json.loads(weights.metadata.get(NOTE, "{}")).get("tokenizer")
-    kind = BertTokenizer if isinstance(text, LDMBertConfig) else ClipTokenizer
-    if files:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in files.items():
-                (Path(folder) / Path(name).name).write_text(content, encoding="utf-8")
-            return kind.from_folder(Path(folder))
-    if isinstance(text, CLIPTextConfig):
-        return clip_tokenizer(OPENCLIP_PAD if text.hidden_act == "gelu" else END)
-    return bert_tokenizer() if isinstance(text, LDMBertConfig) else None
-
-
-def read_processor(weights: Weights) -> DPTProcessorConfig:
-    """How pictures are prepared for a file's depth estimator: as its note says, else as is usual."""
-    return DPTProcessorConfig.from_dict(json.loads(weights.metadata.get(NOTE, "{}")).get("depth_processor") or {})
-
-
 def read_part(
     weights: Weights, there: Mapping[str, Place], part: str, config: Any, averaged: bool = False
 ) -> nn.Module:
@@ -261,10 +178,27 @@ def read_part(
     if averaged:
         table = table.renamed(compvis.ema_name)
         names = [name for name in table.theirs if name in weights.infos]
-    lazily = LazyTensors({name: partial(weights.__getitem__, name) for name in names})
+    fetch: dict[str, Callable[[], Tensor]] = {name: partial(weights.__getitem__, name) for name in names}
+    if unprojected(config) and NOTE not in weights.metadata:
+        fetch[place.prefix + PROJECTION] = partial(identity_like, weights, place)
+    lazily = LazyTensors(fetch)
     module = network(config)
     fill(module, table.loading(lazily, source), source, check=weights.converts)
     return module.eval()
+
+
+def unprojected(config: Any) -> bool:
+    """Whether this is OpenAI's tower as Stable Diffusion 3 reads it: its vector is taken as it is.
+
+    Folders have a projection, which is the identity; files have none, or one that the published code does not read.
+    """
+    return isinstance(config, CLIPTextConfig) and config.projected and config.hidden_act == "quick_gelu"
+
+
+def identity_like(weights: Weights, place: Place) -> Tensor:
+    """The identity at a text tower's width, in the type and place of its table of embeddings."""
+    table = weights[place.prefix + place.dialect.anchor]
+    return torch.eye(table.shape[1], dtype=table.dtype, device=table.device)
 
 
 def below(weights: Weights, there: Mapping[str, Place], part: str) -> list[str]:
@@ -295,6 +229,7 @@ def leftovers(weights: Weights, found: Found) -> list[str]:
 def unknown(found: Found) -> str:
     """Why a file is no known model, in words."""
     if not found.places:
-        return "no U-Net, autoencoder or text tower was found in it; is it an adapter (`<lora:FILE:1>` in a prompt)?"
-    sizes = "; ".join(f"{part} ({place.dialect.name}) {place.signature}" for part, place in found.places.items())
+        what = "no U-Net, transformer, autoencoder or text tower was found in it"
+        return f"{what}; is it an adapter (`<lora:FILE:1>` in a prompt)?"
+    sizes = "; ".join(f"{label(place)} ({place.dialect.name}) {place.signature}" for place in found.places.values())
     return f"no known model has these parts together: {sizes}; known: {', '.join(p.name for p in SINGLE)}"

@@ -1,0 +1,189 @@
+"""Stable Diffusion XL and 3 in one file and in several: folder, file and back, beside diffusers, part by part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sfumato.models.mmdit import MMDiT
+from sfumato.weights import single, supply
+from sfumato.weights.folder import load_folder, save_folder
+from sfumato.weights.model import load_model, save_model
+from sfumato.weights.parts import Components
+from sfumato.weights.report import report
+
+from ..text.test_t5 import spiece
+from ..tiny_sd3 import tiny_sd3
+from ..tiny_xl import TINY_XL, tiny_xl
+from .tiny_models import TINY, random_parts
+
+TOWERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+NAMES = ("denoiser", "vae", *TOWERS)
+
+
+def difference(one: nn.Module, other: nn.Module) -> float:
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def assert_same(one: Components, other: Components, names: tuple[str, ...] = NAMES) -> None:
+    for name in names:
+        mine, yours = getattr(one, name), getattr(other, name)
+        assert (mine is None) == (yours is None), name
+        if mine is not None:
+            assert mine.config == yours.config and difference(mine, yours) == 0, name
+
+
+def tiny(family: str) -> Components:
+    return tiny_xl(family) if family in TINY_XL else tiny_sd3(family)
+
+
+@pytest.mark.parametrize("family", [*TINY_XL, "sd3.5-medium"])
+def test_a_folder_becomes_a_file_and_a_folder_again(family: str, tmp_path: Path) -> None:
+    """Bit for bit, with the tokenizers and the flag for empty prompts, and the file is written the same again."""
+    parts = tiny(family)
+    save_folder(parts, tmp_path / "folder")
+    save_model(load_folder(tmp_path / "folder"), tmp_path / "one.safetensors")
+    back = load_model(tmp_path / "one.safetensors")
+    save_model(back, tmp_path / "again")
+    save_model(back, tmp_path / "two.safetensors")
+    last = load_folder(tmp_path / "again")
+    for found in (back, last):
+        assert_same(found, parts)
+        assert found.force_zeros_for_empty_prompt == parts.force_zeros_for_empty_prompt
+        assert found.pipeline == parts.pipeline and found.scheduler.config["_class_name"]
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+            mine, yours = getattr(parts, name), getattr(found, name)
+            assert (mine is None) == (yours is None)
+            assert mine is None or torch.equal(mine(["a red apple"]), yours(["a red apple"]))
+    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+ROOTS = {
+    "StableDiffusionXLPipeline": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
+    "StableDiffusionXLImg2ImgPipeline": ("conditioner.embedders.0.model.",),
+    "sd3": tuple(f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl")),
+}
+
+
+@pytest.mark.parametrize("family", ROOTS)
+def test_diffusers_opens_our_files(family: str, tmp_path: Path) -> None:
+    """Their `from_single_file` with the folder as configuration gives exactly our weights; with their converters."""
+    from diffusers.loaders import single_file_utils as peer
+
+    parts = tiny(family)
+    if family == "sd3":
+        nn.init.eye_(parts.text_encoder.text_projection.weight)  # type: ignore[union-attr]
+    save_model(parts, tmp_path / "one.safetensors")
+    tensors = load_file(tmp_path / "one.safetensors")
+    fixed = ("model.diffusion_model.", "first_stage_model.")
+    assert all(name.startswith((*fixed, *ROOTS[family])) for name in tensors)
+    assert all(any(name.startswith(root) for name in tensors) for root in (*fixed, *ROOTS[family]))
+    found: dict[str, dict[str, Tensor]] = {}
+    if isinstance(parts.denoiser, MMDiT):
+        found["denoiser"] = peer.convert_sd3_transformer_checkpoint_to_diffusers(dict(tensors))
+        found["text_encoder_3"] = peer.convert_sd3_t5_checkpoint_to_diffusers(dict(tensors))
+        for name, root in zip(TOWERS[:2], ROOTS[family], strict=False):
+            found[name] = peer.convert_ldm_clip_checkpoint(dict(tensors), root)
+    else:
+        found["denoiser"] = peer.convert_ldm_unet_checkpoint(dict(tensors), parts.denoiser.config.to_dict())
+        if parts.text_encoder is not None:
+            found["text_encoder"] = peer.convert_ldm_clip_checkpoint(dict(tensors))
+        found["text_encoder_2"] = peer.convert_open_clip_checkpoint(nn.Module(), dict(tensors), ROOTS[family][-1])
+    found["vae"] = peer.convert_ldm_vae_checkpoint(dict(tensors), parts.vae.config.to_dict())
+    for name, theirs in found.items():
+        ours = getattr(parts, name).state_dict()
+        assert theirs.keys() - {"encoder.embed_tokens.weight"} == ours.keys(), name
+        worst = max(float((theirs[key] - ours[key]).abs().max()) for key in ours)
+        print(f"{name}: {len(ours)} tensors, largest difference {worst}")
+        assert worst == 0
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3-medium"])
+def test_a_report_names_the_parts(name: str, tmp_path: Path) -> None:
+    parts = random_parts(TINY[name])
+    single.save_single(parts, tmp_path / "one.safetensors")
+    found = report(tmp_path / "one.safetensors")
+    assert found.kind == "model" and found.preset is not None and found.preset.denoiser == TINY[name].denoiser
+    first = "transformer" if name == "sd3-medium" else "unet"
+    assert [part.name for part in found.parts][:3] == [first, "vae", "text_encoder"]
+    assert not (found.missing or found.unknown or found.absent)
+
+
+def split(parts: Components, folder: Path) -> dict[str, str]:
+    """The parts as files of their own, named without prefix, as ComfyUI keeps them."""
+    single.save_single(parts, folder / "whole.safetensors", note=False)
+    tensors = load_file(folder / "whole.safetensors")
+    roots = {
+        "transformer": "model.diffusion_model.",
+        "ae": "first_stage_model.",
+        **{name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl")},
+    }
+    paths = {}
+    for name, root in roots.items():
+        own = {key.removeprefix(root): t.clone() for key, t in tensors.items() if key.startswith(root)}
+        if name == "clip_l":
+            own.pop("text_projection.weight")
+            own["logit_scale"] = torch.zeros(())
+        paths[name] = str(folder / f"{name}.safetensors")
+        save_file(own, paths[name])
+    (folder / "whole.safetensors").unlink()
+    return paths
+
+
+@pytest.fixture
+def pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A tiny SD 3.5 medium in five files, read as a released model would be."""
+    parts = random_parts(TINY["sd35-medium"])
+    monkeypatch.setenv("SFUMATO_MODELS", str(tmp_path / "models"))
+    monkeypatch.setattr(
+        single.load_single, "__defaults__", (*single.load_single.__defaults__[:-1], (TINY["sd35-medium"],))
+    )
+    return parts, split(parts, tmp_path), tmp_path
+
+
+def test_a_model_in_several_files(pieces: Any) -> None:
+    parts, paths, folder = pieces
+    vae, clips = paths["ae"], [paths["clip_l"], paths["clip_g"]]
+    two = load_model(paths["transformer"], None, vae=vae, base=clips)
+    assert_same(two, parts, NAMES[:4])
+    assert two.text_encoder_3 is None and two.tokenizer_3 is None  # zeros stand for it
+    (folder / "spiece.model").write_bytes(spiece())
+    for base in ([*clips, paths["t5xxl"]], ",".join([*clips, paths["t5xxl"]])):
+        assert_same(load_model(paths["transformer"], None, vae=vae, base=base), parts)
+
+
+def test_the_tokenizer_of_t5_is_looked_for(pieces: Any) -> None:
+    parts, paths, folder = pieces
+    base = [paths[name] for name in ("ae", "clip_l", "clip_g", "t5xxl")]
+    with pytest.raises(ValueError, match=r"comes with T5 but without its tokenizer: put T5's spiece\.model"):
+        load_model(paths["transformer"], None, base=base)
+    (folder / "elsewhere.model").write_bytes(spiece())
+    found = load_model(paths["transformer"], None, base=[*base, folder / "elsewhere.model"])
+    assert_same(found, parts)
+    (folder / "models" / "t5").mkdir(parents=True)
+    (folder / "models" / "t5" / "spiece.model").write_bytes(spiece())
+    assert load_model(paths["transformer"], None, base=base).tokenizer_3 is not None
+
+
+def test_what_is_missing_or_does_not_go_together_is_named(pieces: Any, tmp_path: Path) -> None:
+    _, paths, _ = pieces
+    with pytest.raises(ValueError, match="has no autoencoder and no text encoder and no second text encoder; name a"):
+        load_model(paths["transformer"], None)
+    with pytest.raises(ValueError, match="has no second text encoder; name"):
+        load_model(paths["transformer"], None, base=[paths["clip_l"], paths["ae"]])
+    save_file({"text_model.embeddings.token_embedding.weight": torch.zeros(4, 4)}, tmp_path / "small.safetensors")
+    with pytest.raises(ValueError, match=r"small\.safetensors holds no part that goes with Stable Diffusion 3\.5"):
+        load_model(paths["transformer"], None, base=tmp_path / "small.safetensors")
+
+
+def test_several_sources() -> None:
+    assert supply.sources(None) == [] and supply.sources("a, b,") == ["a", "b"]
+    assert supply.sources(Path("a,b")) == [Path("a,b")] and supply.sources("owner/name") == ["owner/name"]
