@@ -6,7 +6,8 @@
 | balanced | of a text encoder, the denoiser, the autoencoder: there while it is at work           |
 | low      | of a layer: there while it is called; pictures beyond 512 pixels are decoded in tiles |
 
-All make the same pictures, but for tiles. H W picture height and width, h w latent height and width.
+All make the same pictures, but for tiles and, on a CPU, for the rounding of what computes fast with weights that
+stay (`prepare`). H W picture height and width, h w latent height and width.
 """
 
 from __future__ import annotations
@@ -87,8 +88,7 @@ def opened(
     kept: Memory = "fast"
     if asked not in (None, "fast") or not roomy([place, *others], runtime):
         parts = load_model(place, None, "cpu", vae=vae, base=base, prediction=prediction)
-        together = batch or (1 if runtime.device.type == "cpu" else 8)
-        kept = chosen(parts, request or Request(), runtime, asked, together)
+        kept = chosen(parts, request or Request(), runtime, asked, batch)
         if kept != "fast":
             return parts, kept
     return load_model(place, runtime.dtype, runtime.device, vae=vae, base=base, prediction=prediction), kept
@@ -183,21 +183,26 @@ def complete(parts: HasComponents, request: Request) -> Request:
     return request.model_copy(update=size(request, preset)).resolved(preset)
 
 
-def chosen(parts: HasComponents, request: Request, runtime: Runtime, asked: Memory | None, batch: int = 1) -> Memory:
-    """The way that was asked for, or the fastest that fits.
+def chosen(
+    parts: HasComponents, request: Request, runtime: Runtime, asked: Memory | None, batch: int | None = None
+) -> Memory:
+    """The way that was asked for, or the fastest that fits; batch: pictures advanced together, None for the usual.
 
     Raises ValueError where it does not fit into the memory that is free, saying which would.
     """
     free = free_memory(runtime.device)
     if free is None:
         return asked or "fast"
+    wanted, factor = complete(parts, request), parts.vae.config.factor
+    if batch is None:
+        batch = runtime.together(*(cast(int, side) // factor for side in (wanted.height, wanted.width)))
     needs = {memory: estimate(parts, request, memory, runtime.dtype, batch) for memory in MEMORY}
     fitting = [memory for memory in MEMORY if needs[memory] <= free]
     if asked in fitting:
         return asked
     if asked is None and fitting:
         return fitting[0]
-    raise ValueError(shortage(complete(parts, request), needs, free, asked, fitting))
+    raise ValueError(shortage(wanted, needs, free, asked, fitting))
 
 
 def shortage(

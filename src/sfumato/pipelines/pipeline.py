@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.allocator import kept
 from sfumato.cond import Cond, Converted
 from sfumato.diffusion.scheduler import Plan, Scheduler
 from sfumato.images import to_pil
@@ -35,7 +34,6 @@ from sfumato.pipelines.refine import check_pair, check_share
 from sfumato.pipelines.request import Request, parse
 from sfumato.pipelines.restore import Restoration, restore
 from sfumato.pipelines.start import remaining
-from sfumato.prepare import prepare
 from sfumato.presets import Preset
 from sfumato.runtime import Runtime, as_it_is, choose
 from sfumato.text.towers import TextEncoder, Tokenizer, Towers
@@ -43,7 +41,7 @@ from sfumato.weights.folder import save_folder
 from sfumato.weights.hub import find_file
 from sfumato.weights.model import load_model
 from sfumato.weights.parts import VAE, Components, Denoiser, as_transformer, as_unet, networks_of, preset_of, towers_of
-from sfumato.weights.safe import blame, is_finite, lay_out
+from sfumato.weights.safe import blame, is_finite
 
 __all__ = [
     "OUTPUT_TYPES",
@@ -339,7 +337,7 @@ class Pipeline(Keeping):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
         singles = self.resolve(requests)
-        with kept():
+        with self.allocating():
             done = list(latents(self, singles, noise, callback))
             return self._given_out(done, output_type)
 
@@ -360,7 +358,7 @@ class Pipeline(Keeping):
     ) -> Iterator[tuple[Request, Image.Image]]:
         """The pictures of some requests one by one, each given out as soon as its group is done."""
         singles = self.resolve(requests)
-        with kept():
+        with self.allocating():
             for request, z in latents(self, singles, None, callback):
                 yield request, to_pil(picture(self, request, z))[0]
 
@@ -429,13 +427,6 @@ class Pipeline(Keeping):
             self._second = Pipeline(parts, self.runtime if fast else None, source, self.batch)
             self.admit(self._second)
         return self._second
-
-    def lay_out(self) -> None:
-        """Bring networks into the runtime's form; not before the first use, so that opening a model copies nothing."""
-        if self.runtime.channels_last and self._residence is None:
-            for network in (self.denoiser, self.vae):
-                lay_out(network)
-                prepare(network)
 
     def dressing(self) -> Wardrobe:
         """The networks as they are now, with what they wear."""

@@ -106,6 +106,12 @@ def page_out(tensor: Tensor) -> None:
     _advise(tensor, PAGE_OUT)
 
 
+def trim() -> None:
+    """Let the allocator give back to the system what is free; does nothing where it is not glibc's."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 class FileRanges:
     """Where files are mapped privately in this process, as of now: `tensor in ranges` says whether it is a view of one.
 

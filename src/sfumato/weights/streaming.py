@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.weights.mapped import FileRanges, release
+from sfumato.weights.mapped import FileRanges, release, trim
 from sfumato.weights.packed import Packed
 
 SMALL = 2**18  # numbers of a tensor; with fewer it stays
@@ -287,6 +287,8 @@ class Residence:
             for home in self._homes.get(self._current, ()):
                 home.release()  # what the system read ahead
         self.scratch.drop()
+        if self._current is not None:
+            trim()
         self._current = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
