@@ -28,7 +28,7 @@ def sfumato(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, lis
 
 
 def test_events_for_programs(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ("-m", tiny_folder, "--steps", 3, "--seed", 7, "--json")
+    flags = ("-m", tiny_folder, "--steps", 3, "--seed", 7, "--batch", 1, "--json")
     code, out, err = sfumato(capsys, "a cat", *flags, "-n", 2, "--preview", "now.png", "--preview-every", 3)
     events = [json.loads(line) for line in out]
     assert (code, err) == (0, "")
@@ -71,7 +71,7 @@ def test_an_interruption_within_a_picture(
         return net(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Pipeline, "net", interrupted)
-    flags = ("-m", tiny_folder, "--steps", 2, "--seed", 7, "--cfg", 1, "-n", 4, "--json")
+    flags = ("-m", tiny_folder, "--steps", 2, "--seed", 7, "--cfg", 1, "-n", 4, "--batch", 1, "--json")
     code, out, err = sfumato(capsys, "a cat", *flags)
     assert (code, err) == (130, "interrupted: 2 of 4 pictures finished; not made: seeds 9, 10\n")
     assert json.loads(out[-1])["finished"] == ["outputs/00000.png", "outputs/00001.png"]
