@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,8 @@ def pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A tiny SD 3.5 medium in five files, read as a released model would be."""
     parts = random_parts(TINY["sd35-medium"])
     monkeypatch.setenv("SFUMATO_MODELS", str(tmp_path / "models"))
-    monkeypatch.setattr(
-        single.load_single, "__defaults__", (*single.load_single.__defaults__[:-1], (TINY["sd35-medium"],))
-    )
+    opened = partial(single.load_single, presets=(TINY["sd35-medium"],))
+    monkeypatch.setattr("sfumato.weights.model.load_single", opened)
     return parts, split(parts, tmp_path), tmp_path
 
 

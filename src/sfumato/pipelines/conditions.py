@@ -92,7 +92,7 @@ class Wardrobe:
 
     def __init__(self, denoiser: Denoiser, towers: Towers) -> None:
         self.denoiser, self.towers = denoiser, towers
-        self._adapters = AdapterHost(denoiser, next(iter(towers.present), None))
+        self._adapters = AdapterHost(denoiser, *towers.encoders)
         self._words: EmbeddingHost | None = None
         if towers.clips and not towers.paired:
             self._words = EmbeddingHost(*towers.clips[0])
@@ -177,9 +177,9 @@ class Wardrobe:
         adapter = read_adapter(find_file("lora", tag.name), tag.name)
         if tag.unet == tag.text:
             return [(adapter, tag.unet)]
-        names = ModuleNames(self.denoiser, next(iter(self.towers.present), None))
-        # What fits neither network goes with the denoiser's, to be refused there.
-        text = {raw: c for raw, c in adapter.changes.items() if (names.find(raw) or (UNET,))[0] != UNET}
+        names = ModuleNames(self.denoiser, *self.towers.encoders)
+        # What fits no network goes with the denoiser's, to be refused there.
+        text = {raw: c for raw, c in adapter.changes.items() if any(spot.tower != UNET for spot in names.find(raw))}
         unet = {raw: c for raw, c in adapter.changes.items() if raw not in text}
         parts = (replace(adapter, changes=unet), tag.unet), (replace(adapter, changes=text), tag.text)
         return [(part, strength) for part, strength in parts if part.changes]

@@ -55,7 +55,7 @@ class Row:
                 f"expected {self._expected(count)}: the file is of another kind than its names say"
             )
         if swaps:
-            return (_swapped(tensor),)
+            return (swapped(tensor),)
         tensor = tensor.T if self.shape == "transposed" else tensor.flatten(1) if axes else tensor
         if len(self.ours) == 1:
             return (tensor,)
@@ -75,7 +75,7 @@ class Row:
         if self.shape == "transposed":
             return tensor.T
         if self.shape == "swapped":
-            return _swapped(tensor)
+            return swapped(tensor)
         return tensor[(..., *(None,) * AXES[self.shape])]
 
     def _expected(self, count: int) -> str:
@@ -87,7 +87,7 @@ class Row:
         return f"({rows}, {', '.join(('I', *('1',) * AXES[self.shape]))})"
 
 
-def _swapped(tensor: Tensor) -> Tensor:
+def swapped(tensor: Tensor) -> Tensor:
     """The second half of the rows before the first."""
     return torch.cat(tensor.chunk(2)[::-1])
 

@@ -61,12 +61,13 @@ def mmdit_map(config: MMDiTConfig) -> KeyMap:
     return KeyMap(tuple(rows))
 
 
-def mmdit_modules(config: MMDiTConfig) -> Mapping[str, tuple[str, ...]]:
-    """Their names of the layers to ours, as adapters use them: q, k and v, which they join, are three."""
-    names: dict[str, tuple[str, ...]] = {}
+def mmdit_modules(config: MMDiTConfig) -> Mapping[str, Row]:
+    """Their names of the layers, as adapters use them, to rows of our layers: q, k and v are three of ours."""
+    names: dict[str, Row] = {}
     for row in mmdit_map(config).rows:
-        if row.theirs != "pos_embed":
-            names[row.theirs.rpartition(".")[0]] = tuple(ours.rpartition(".")[0] for ours in row.ours)
+        theirs, _, kind = row.theirs.rpartition(".")
+        if kind == "weight":
+            names[theirs] = Row(tuple(ours.removesuffix(".weight") for ours in row.ours), theirs, row.shape)
     return names
 
 

@@ -7,12 +7,13 @@ LoRA: Hu et al. 2021; LoHa, LoKr and the Tucker forms: Yeh et al. 2023 (LyCORIS)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+Take = Callable[[Tensor], Tensor]  # some of the rows of a tensor
 # The widths of the text states that the released families read, by which adapters give themselves away.
 FAMILIES: Mapping[int, str] = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 
@@ -122,7 +123,25 @@ class Full:
         return (strength * wide(self.difference, base)).reshape(base.shape)
 
 
-Delta = LowRank | Hadamard | Kronecker | Full
+@dataclass(frozen=True)
+class Taken:
+    """Some rows of a difference that has no factor whose rows are its own; `rows` of them are taken by `take`."""
+
+    whole: Kronecker
+    take: Take
+    rows: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the matrix that it makes: O and I times the kernel."""
+        return self.rows, self.whole.size[1]
+
+    def dense(self, base: Tensor, strength: float) -> Tensor:
+        """The difference times `strength`: a new tensor shaped and placed as `base`, in float32 at least."""
+        return self.take(self.whole.dense(base.new_empty(self.whole.size), strength)).reshape(base.shape)
+
+
+Delta = LowRank | Hadamard | Kronecker | Full | Taken
 
 
 @dataclass(frozen=True)
@@ -174,6 +193,20 @@ class Change:
             raise ValueError("this change has nothing to do with the weight")
         return self.delta.dense(base, strength)
 
+    def taking(self, take: Take) -> Change:
+        """The same for some of the module's rows, which `take` picks from a tensor of as many rows.
+
+        Raises ValueError for DoRA with one length a column, which holds for all rows together.
+        """
+        magnitude = self.magnitude
+        if magnitude is not None and magnitude.on_input:
+            raise ValueError("has DoRA lengths by columns, which cannot be cut into the rows of several modules")
+        return Change(
+            None if self.delta is None else taken(self.delta, take),
+            None if magnitude is None else replace(magnitude, lengths=take(magnitude.lengths)),
+            None if self.bias is None else take(self.bias),
+        )
+
     def misfit(self, weight: Tensor, bias: Tensor | None) -> str:
         """Why it does not fit a module with this weight and bias; "" where it does."""
         rows = weight.shape[0]
@@ -187,6 +220,20 @@ class Change:
         if self.bias is not None and self.bias.numel() != (rows if bias is None else bias.numel()):
             return f"bias of {self.bias.numel()} instead of {rows}"
         return ""
+
+
+def taken(delta: Delta, take: Take) -> Delta:
+    """The rows of a difference that `take` picks."""
+    if isinstance(delta, LowRank):
+        return replace(delta, up=take(delta.up))
+    if isinstance(delta, Full):
+        return Full(take(delta.difference))
+    if isinstance(delta, Hadamard):
+        (a, b), (c, d), tucker = delta.left, delta.right, delta.cores is not None
+        left, right = (take(t.T).T if tucker else take(t) for t in (a, c))
+        return replace(delta, left=(left, b), right=(right, d))
+    assert isinstance(delta, Kronecker)
+    return Taken(delta, take, len(take(torch.empty(delta.size[0], 0))))
 
 
 def product(a: Tensor, b: Tensor, core: Tensor | None, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sfumato.weights.adapters.deltas import FAMILIES, Change, LowRank, wide
-from sfumato.weights.adapters.names import TEXT, UNET, ModuleNames, made_for
+from sfumato.weights.adapters.names import TEXTS, TOWERS, UNET, ModuleNames, Spot, made_for
 from sfumato.weights.adapters.read import Adapter
 from sfumato.weights.keymap import listed
 from sfumato.weights.streaming import Home, home_of
@@ -53,7 +53,7 @@ class Swap:
 
 
 class AdapterHost:
-    """What is applied to a U-Net and a text encoder, and how to take it off again.
+    """What is applied to a denoiser and its text encoders, and how to take it off again.
 
     Merged (the default), each touched weight is replaced by base + sum of differences, computed in float32 and
     rounded once; the originals are kept by reference, which costs nothing while they are mapped from a file.
@@ -63,8 +63,9 @@ class AdapterHost:
     Differences of several adapters are each taken from the untouched weights and added up.
     """
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module | None = None) -> None:
-        self._towers: Mapping[str, nn.Module | None] = {UNET: unet, TEXT: text_encoder}
+    def __init__(self, denoiser: nn.Module, *text_encoders: nn.Module | None) -> None:
+        networks = dict(zip(TOWERS, (denoiser, *text_encoders), strict=False))
+        self._towers: Mapping[str, nn.Module] = {k: network for k, network in networks.items() if network is not None}
         self._names: ModuleNames | None = None
         self._swaps: list[Swap] = []
         self._hooks: list[RemovableHandle] = []
@@ -115,45 +116,57 @@ class AdapterHost:
     def _fit(self, wanted: Sequence[tuple[Adapter, float]]) -> list[Target]:
         """The modules that the adapters change; ValueError when a change has no module that it fits."""
         if self._names is None:
-            unet = self._towers[UNET]
-            assert unet is not None
-            self._names = ModuleNames(unet, self._towers[TEXT])
+            self._names = ModuleNames(self._towers[UNET], *map(self._towers.get, TEXTS))
         targets: dict[tuple[str, str], Target] = {}
         for adapter, strength in wanted:
             if not math.isfinite(strength):
                 raise ValueError(f"adapter {adapter.name!r}: strength {strength}; give a finite number, such as 0.8")
-            places = self._places(adapter, self._names)
-            for raw, place in places.items():
+            for place, change in self._places(adapter, self._names).items():
                 target = targets.setdefault(place, Target(self._module(place)))
                 if strength:
-                    target.changes.append((adapter.changes[raw], strength))
+                    target.changes.append((change, strength))
         return [target for target in targets.values() if target.changes]
 
-    def _places(self, adapter: Adapter, names: ModuleNames) -> dict[str, tuple[str, str]]:
-        places: dict[str, tuple[str, str]] = {}
+    def _places(self, adapter: Adapter, names: ModuleNames) -> dict[tuple[str, str], Change]:
+        """What an adapter does to each of our modules; ValueError where it does not fit the model."""
+        places: dict[tuple[str, str], Change] = {}
         taken: dict[tuple[str, str], str] = {}
         missing, misfits = [], []
         for raw, change in adapter.changes.items():
-            place = names.find(raw)
-            if place is None:
+            spots = names.find(raw)
+            if not spots:
                 missing.append(raw)
                 continue
-            if place in taken:
-                raise ValueError(f"{adapter.path}: {taken[place]} and {raw} are two names of the same module")
-            taken[place] = raw
-            module = self._module(place)
-            problem = change.misfit(module.weight, module._parameters.get("bias"))  # type: ignore[arg-type]
+            for spot in spots:
+                if spot.place in taken:
+                    raise ValueError(f"{adapter.path}: {taken[spot.place]} and {raw} are two names of the same module")
+                taken[spot.place] = raw
+            own, problem = self._parted(change, spots)
+            places |= own
             if problem:
                 misfits.append(f"{raw} {problem}")
-            else:
-                places[raw] = place
         if missing or misfits:
-            raise ValueError(self._complaint(adapter, len(places), missing, misfits))
+            fitting = len(adapter.changes) - len(missing) - len(misfits)
+            raise ValueError(self._complaint(adapter, fitting, missing, misfits))
         return places
+
+    def _parted(self, change: Change, spots: Sequence[Spot]) -> tuple[dict[tuple[str, str], Change], str]:
+        """A change by the modules that it is for, and why it does not fit them, "" where it does."""
+        own: dict[tuple[str, str], Change] = {}
+        for spot in spots:
+            try:
+                own[spot.place] = part = change if spot.take is None else change.taking(spot.take)
+            except ValueError as error:
+                return {}, str(error)
+            module = self._module(spot.place)
+            problem = part.misfit(module.weight, module._parameters.get("bias"))  # type: ignore[arg-type]
+            if problem:
+                return {}, problem
+        return own, ""
 
     def _complaint(self, adapter: Adapter, fitting: int, missing: list[str], misfits: list[str]) -> str:
         family = made_for(adapter.changes) or self._by_width(adapter)
-        towers = "" if self._towers[TEXT] is not None else "; no text encoder was given"
+        towers = "" if len(self._towers) > 1 else "; no text encoder was given"
         problems = [listed("match no module", missing), listed("have another shape", misfits)]
         return (
             f"{adapter.path}: {fitting} of {len(adapter.changes)} modules fit this model"
@@ -170,9 +183,7 @@ class AdapterHost:
         return ""
 
     def _module(self, place: tuple[str, str]) -> nn.Module:
-        tower = self._towers[place[0]]
-        assert tower is not None
-        return tower.get_submodule(place[1])
+        return self._towers[place[0]].get_submodule(place[1])
 
     def _apply(self, target: Target, live: bool) -> None:
         module, changes, home = target.module, target.changes, home_of(target.module)

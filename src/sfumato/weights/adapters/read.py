@@ -19,8 +19,18 @@ import torch
 from torch import Tensor
 
 from sfumato.files import read_json
-from sfumato.weights.adapters.deltas import Change, Delta, Full, Hadamard, Kronecker, LowRank, Magnitude, shape_text
-from sfumato.weights.adapters.names import TEXT, UNET, split_name
+from sfumato.weights.adapters.deltas import (
+    Change,
+    Delta,
+    Full,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    Magnitude,
+    Taken,
+    shape_text,
+)
+from sfumato.weights.adapters.names import TEXTS, UNET, split_name
 from sfumato.weights.keymap import listed
 from sfumato.weights.source import open_weights
 
@@ -127,7 +137,7 @@ def _change(parts: Mapping[str, Tensor], outer: Outer) -> Change:
         raise ValueError(f"parts {', '.join(sorted(kinds))} do not belong together")
     delta = None if build is None else build(parts, outer)
     if "up_bias" in parts:
-        bias = parts["up_bias"].float() * (1.0 if delta is None or isinstance(delta, Full) else delta.scale)
+        bias = parts["up_bias"].float() * (1.0 if delta is None or isinstance(delta, Full | Taken) else delta.scale)
     magnitude = None
     if "magnitude" in parts:
         magnitude = Magnitude(parts["magnitude"].flatten(), inside=True)
@@ -259,7 +269,7 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> tuple[Settings, ...]:
             raise ValueError(f"{path}: its metadata {METADATA!r} are not valid JSON: {error}") from None
         if not isinstance(raw, dict):
             raise ValueError(f"{path}: its metadata {METADATA!r} are damaged: a {type(raw).__name__}, not a table")
-        found = [(f"{tower}.", _below(raw, f"{tower}.")) for tower in (UNET, TEXT)]
+        found = [(f"{tower}.", _below(raw, f"{tower}.")) for tower in (UNET, "transformer", *TEXTS)]
     elif path.stem == "adapter_model" and (path.parent / PEFT_CONFIG).is_file():
         found = [("", read_json(path.parent / PEFT_CONFIG))]
     else:
