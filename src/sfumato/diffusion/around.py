@@ -130,8 +130,29 @@ def levels_of(grid: Sequence[Point], shares: Sequence[float]) -> tuple[float, fl
             f"guidance_interval = {shares[0]:g},{shares[1]:g} holds none of {steps} steps; "
             f"give a wider one, or more steps"
         )
+    return levels_between(grid, first, stop)
+
+
+def levels_inside(grid: Sequence[Point], shares: Sequence[float]) -> tuple[float, float]:
+    """The same as `levels_of` for the steps i that lie between both shares, low * steps < i < high * steps.
+
+    So diffusers counts the steps of skip-layer guidance: from 0.01 on leaves out the first step alone.
+    Raises ValueError where no step is left.
+    """
+    steps = len(grid) - 1
+    first, stop = math.floor(shares[0] * steps + 1e-9) + 1, math.ceil(shares[1] * steps - 1e-9)
+    if first >= stop:
+        raise ValueError(
+            f"slg_interval = {shares[0]:g},{shares[1]:g} has none of {steps} steps inside; "
+            f"give a wider one, or more steps"
+        )
+    return levels_between(grid, first, stop)
+
+
+def levels_between(grid: Sequence[Point], first: int, stop: int) -> tuple[float, float]:
+    """The interval of sigma / alpha that the steps from `first` to before `stop` fill."""
     high = math.inf if first == 0 else grid[first].ratio
-    return (0.0 if stop == steps else math.nextafter(grid[stop].ratio, math.inf)), high
+    return (0.0 if stop == len(grid) - 1 else math.nextafter(grid[stop].ratio, math.inf)), high
 
 
 @dataclass(eq=False)

@@ -73,9 +73,9 @@ def typed(numbers: tuple[float, ...]) -> str:
     return ",".join(f"{number:g}" for number in numbers)
 
 
-def _rising_shares(shares: tuple[float, ...] | None) -> tuple[float, ...] | None:
+def _rising_shares(shares: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
     if shares is not None and not (len(shares) == 2 and 0 <= shares[0] < shares[1] <= 1):
-        raise ValueError(f"guidance_interval = {typed(shares)}; give two rising shares of the steps between 0 and 1")
+        raise ValueError(f"{info.field_name} = {typed(shares)}; give two rising shares of the steps between 0 and 1")
     return shares
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import cast
 
 from sfumato.cond import Cond
-from sfumato.diffusion.around import PAG, Limited, Rescale, Within, levels_of, thresholded
+from sfumato.diffusion.around import PAG, Limited, Rescale, Within, levels_inside, levels_of, thresholded
 from sfumato.diffusion.guidance import APG, CFG, CFGPP, Guidance, InstructCFG, Plain, Turns
 from sfumato.diffusion.named import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from sfumato.diffusion.path import Point
@@ -16,7 +16,7 @@ from sfumato.diffusion.samplers import get_sampler
 from sfumato.diffusion.scheduler import Scheduler
 from sfumato.diffusion.table import ZERO_SNR, TableScheduler
 from sfumato.models.autoencoder import AutoencoderConfig
-from sfumato.models.perturb import IDENTITY, self_attentions
+from sfumato.models.perturb import IDENTITY, SKIP, blocks, self_attentions
 from sfumato.models.vq import VQConfig
 from sfumato.pipelines.request import Request
 from sfumato.presets import Preset
@@ -43,6 +43,9 @@ def surrounded(inner: Sides, request: Request, scheduler: Scheduler, preset: Pre
     guidance: Guidance = inner
     if request.pag_scale:
         guidance = PAG(guidance, inner.cond, request.pag_scale, f"{IDENTITY}:{','.join(request.pag_layers)}")
+    if request.slg_scale:
+        skipping = PAG(guidance, inner.cond, request.slg_scale, f"{SKIP}:{numbered(request.slg_layers)}")
+        guidance = Within(skipping, guidance, levels_inside(grid, request.slg_interval))
     if request.guidance_rescale:
         guidance = Rescale(guidance, request.guidance_rescale, scheduler.rule)
     if request.guidance_interval is not None and not isinstance(guidance, Plain):
@@ -93,7 +96,7 @@ def check_guidance(request: Request, preset: Preset, denoiser: Denoiser, grid: S
         if getattr(request, field) is not None and (not preset.texts or task == "instruct"):
             why = "has no prompt" if not preset.texts else "is guided by an image as well"
             raise ValueError(f"{field} leads from the negative prompt to the prompt, but {name} {why}; leave it out")
-    first_only = [field for field in ("pag_scale", "guidance_rescale") if getattr(request, field)]
+    first_only = [field for field in ("pag_scale", "slg_scale", "guidance_rescale") if getattr(request, field)]
     if task == "instruct" and request.guidance_scale == 0 and first_only:
         raise ValueError(f"{first_only[0]} needs what the network says to the prompt; give a guidance_scale above 0")
     threshold = request.dynamic_threshold
@@ -108,5 +111,16 @@ def check_guidance(request: Request, preset: Preset, denoiser: Denoiser, grid: S
                 self_attentions(denoiser, layer)
             except ValueError as error:
                 raise ValueError(f"pag_layers = {','.join(request.pag_layers)}: {error}") from None
+    if request.slg_scale:
+        try:
+            blocks(denoiser, numbered(request.slg_layers))
+        except ValueError as error:
+            raise ValueError(f"slg_layers = {numbered(request.slg_layers)}: {error}") from None
+        levels_inside(grid, request.slg_interval)
     if request.guidance_interval is not None:
         levels_of(grid, request.guidance_interval)
+
+
+def numbered(layers: Sequence[int]) -> str:
+    """Numbers of layers as the network is handed them."""
+    return ",".join(map(str, layers))

@@ -278,6 +278,9 @@ class Pipeline(Keeping):
         apg: float | Sequence[float] | None = None,
         pag_scale: float | None = None,
         pag_layers: Sequence[str] = ("mid",),
+        slg_scale: float | None = None,
+        slg_layers: Sequence[int] = (7, 8, 9),
+        slg_interval: Sequence[float] = (0.01, 0.2),
         dynamic_threshold: float | Sequence[float] | None = None,
         rescale_betas_zero_snr: bool | None = None,
         seed: int | None = None,
@@ -410,7 +413,7 @@ class Pipeline(Keeping):
             self.refining(request.refiner)
             check_share(grid, cast(float, request.refiner_start), self.scheduler)
         if request.hires_strength is not None:
-            remaining(plan, request.hires_strength)
+            check_guidance(request, self.preset, self.denoiser, remaining(plan, request.hires_strength)[1])
         frame_of(request, self.factor)
         return request
 

@@ -174,6 +174,24 @@ class Request(BaseModel):
         Field(min_length=1, description="Layers that it perturbs, by parts of their names (default: mid)."),
         Flag(value="NAME,..."),
     ] = ("mid",)
+    slg_scale: Annotated[
+        float | None,
+        Field(ge=0, le=100, description="Weight of skip-layer guidance, e.g. 2.8 (default: 0, which is off)."),
+        Flag(("--slg",)),
+    ] = None
+    slg_layers: Annotated[
+        tuple[int, ...],
+        Listed,
+        Field(min_length=1, description="Blocks of a transformer that it skips, from 0 (default: 7,8,9)."),
+        Flag(value="NUMBER,..."),
+    ] = (7, 8, 9)
+    slg_interval: Annotated[
+        tuple[float, ...],
+        Numbers,
+        RisingShares,
+        Field(description="Shares of the steps between which it acts (default: 0.01,0.2)."),
+        Flag(value="FROM,TO"),
+    ] = (0.01, 0.2)
     dynamic_threshold: Annotated[
         tuple[float, ...] | None,
         Numbers,
