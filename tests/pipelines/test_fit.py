@@ -18,6 +18,10 @@ from sfumato.pipelines.request import Request
 from sfumato.runtime import choose
 from sfumato.weights.folder import Components, load_folder, save_folder
 from sfumato.weights.meta import on_meta
+from sfumato.weights.model import load_model
+from sfumato.weights.packed import Packed
+from sfumato.weights.single import save_single
+from sfumato.weights.source import open_weights
 from tests.pipelines.test_tasks import GIVEN, PROMPT, PROMPTS, made
 
 SMALL = 520  # numbers: more than the tiny towers' tables of positions, less than most layers
@@ -80,6 +84,31 @@ def test_adapters_and_learned_words_are_equal(
         assert torch.equal(plain, again) and not torch.equal(plain, worn) and not torch.equal(plain, told)
         pictures.append((plain, worn, told))
     assert all(torch.equal(a, b) for a, b in zip(*pictures, strict=True))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_8_bit_weights_stay_in_their_file(tiny_parts: Components, tmp_path: Path, scaled: bool) -> None:
+    whole, path = tmp_path / "whole.safetensors", tmp_path / "small.safetensors"
+    save_single(tiny_parts, whole, torch.float16)
+    with open_weights(whole) as weights:
+        tensors, metadata = dict(weights), dict(weights.metadata)
+    for name in [n for n, t in tensors.items() if t.ndim == 2 and n.endswith(".weight") and "diffusion" in n]:
+        scale = tensors[name].abs().max().float() / 448 if scaled else torch.tensor(1.0)
+        tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        if scaled:
+            tensors[f"{name.removesuffix('.weight')}.scale_weight"] = scale
+    if scaled:
+        tensors["model.diffusion_model.scaled_fp8"] = torch.empty(2).to(torch.float8_e4m3fn)
+    save_file(tensors, path, metadata)
+    fast = made(Pipeline(load_model(path), choose("cpu", "float32"), "tiny"))
+    pipe = Pipeline(load_model(path, None, packed=True), None, "tiny")
+    pipe.runtime = choose("cpu", "float32")
+    pipe._residence = resident(pipe, pipe.runtime, "low", SMALL)
+    packed = sum(isinstance(p, Packed) for p in pipe.unet.parameters())
+    eight = sum(p.dtype == torch.float8_e4m3fn for p in pipe.unet.parameters())
+    print(f"scaled {scaled}: {packed} weights packed, {eight} in 8 bits")
+    assert (packed > 5) == scaled and (eight > 5) != scaled
+    assert torch.equal(made(pipe), fast)
 
 
 def test_the_way_can_be_changed(tiny_parts: Components, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from sfumato.runtime import Runtime
 from sfumato.weights.model import load_model, locate
 from sfumato.weights.parts import Components, HasComponents, preset_of
 from sfumato.weights.streaming import SMALL, Residence, own_tensors
+from sfumato.weights.supply import sources
 
 Memory = Literal["fast", "balanced", "low"]
 MEMORY: tuple[Memory, ...] = get_args(Memory)
@@ -84,13 +85,14 @@ def opened(
     check_memory(memory)
     asked = cast("Memory | None", memory)
     place = locate(source, runtime.dtype)
-    others = [Path(other) for other in (vae, base) if other is not None]
+    others = [Path(other) for other in (vae, *sources(base)) if other is not None]
     kept: Memory = "fast"
     if asked not in (None, "fast") or not roomy([place, *others], runtime):
-        parts = load_model(place, None, "cpu", vae=vae, base=base, prediction=prediction)
+        parts = load_model(place, None, "cpu", vae=vae, base=base, prediction=prediction, packed=True)
         kept = chosen(parts, request or Request(), runtime, asked, batch)
         if kept != "fast":
             return parts, kept
+        del parts
     return load_model(place, runtime.dtype, runtime.device, vae=vae, base=base, prediction=prediction), kept
 
 

@@ -31,6 +31,7 @@ def load_model(
     base: Sources = None,
     prediction: str | None = None,
     ema: bool | None = None,
+    packed: bool = False,
 ) -> Components:
     """Open a model, its networks in `dtype` on `device`.
 
@@ -43,6 +44,7 @@ def load_model(
                 or files of text encoders, also of T5's tokenizer; several may be named, see `supply`.
     prediction: overrides what the source says, see `sfumato.diffusion.prediction`.
     ema:        take the averaged U-Net where a file has both kinds; None does as the model was published.
+    packed:     leave in a file what it has in fewer bits than a tensor can, see `safe.fill`; for dtype = None.
     Raises FileNotFoundError or ValueError in one line.
     """
     path = locate(source, dtype)
@@ -51,9 +53,10 @@ def load_model(
             raise ValueError(f"{path} is a folder, which holds one kind of weights; leave out the wish for averages")
         loaded = load_folder(path, dtype, device, prediction)
         return loaded if vae is None else replace(loaded, vae=load_vae(vae, dtype, device, loaded.vae.config))
-    single = load_single(path, dtype, device, prediction, ema, [p for p in PARTS if vae is None or p != VAE])
+    wanted = [p for p in PARTS if vae is None or p != VAE]
+    single = load_single(path, dtype, device, prediction, ema, wanted, packed=packed)
     own = None if vae is None else load_vae(vae, dtype, device, single.preset.vae)
-    return complete(single, own, base, dtype, device)
+    return complete(single, own, base, dtype, device, packed)
 
 
 def save_model(parts: HasComponents, path: Path | str, dtype: torch.dtype | None = None) -> None:
@@ -96,6 +99,7 @@ def complete(
     base: Sources,
     dtype: torch.dtype | None,
     device: torch.device | str,
+    packed: bool = False,
 ) -> Components:
     """A whole model of what a file holds, a separate autoencoder if there is one, and `base` for the rest.
 
@@ -103,10 +107,10 @@ def complete(
     """
 
     def whole(path: Path) -> Components:
-        return load_model(path, dtype, device)
+        return load_model(path, dtype, device, packed=packed)
 
     own = Supply() if vae is None else Supply({VAE: vae})
-    found = completed(single, own, base, dtype, device, whole)
+    found = completed(single, own, base, dtype, device, whole, packed)
     networks, tokenizers = found.networks, found.tokenizers
     second, third = (tokenizers.get(part) if part in networks else None for part in (TEXT_2, TEXT_3))
     return Components(

@@ -84,6 +84,7 @@ def load_single(
     ema: bool | None = None,
     only: Sequence[str] = PARTS,
     presets: Sequence[Preset] = SINGLE,
+    packed: bool = False,
 ) -> Single:
     """Read a model file: safetensors, a pickled checkpoint or GGUF, told by content.
 
@@ -91,6 +92,7 @@ def load_single(
     prediction: overrides what the file or its family says.
     ema:        take the averaged U-Net where the file has both; None does as the model was published.
     only:       the components to read.
+    packed:     leave what is no view of the file in it, see `safe.fill`.
     Raises FileNotFoundError, or ValueError for a file that is unsafe, damaged, or no known model.
     """
     weights = open_weights(path)
@@ -104,7 +106,7 @@ def load_single(
     averaged = found.ema and (preset.ema if ema is None else ema)
     placed = weights.to(dtype, device)
     networks = {
-        part: read_part(placed, found.places, part, config_of(preset, part), averaged and part == DENOISER)
+        part: read_part(placed, found.places, part, config_of(preset, part), averaged and part == DENOISER, packed)
         for part in found.places
         if part in only
     }
@@ -164,12 +166,18 @@ def recognise(weights: Weights, prediction: str | None = None, presets: Sequence
 
 
 def read_part(
-    weights: Weights, there: Mapping[str, Place], part: str, config: Any, averaged: bool = False
+    weights: Weights,
+    there: Mapping[str, Place],
+    part: str,
+    config: Any,
+    averaged: bool = False,
+    packed: bool = False,
 ) -> nn.Module:
     """One component of a file, filled with its tensors as they come and ready to be used.
 
     there:    the components of the file, as `detect.places` finds them.
     averaged: read the moving averages in place of the weights.
+    packed:   leave what is no view of the file in it, see `safe.fill`.
     Raises ValueError when names or shapes do not fit the configuration.
     """
     place, source = there[part], f"{weights.path}: {part}"
@@ -183,7 +191,7 @@ def read_part(
         fetch[place.prefix + PROJECTION] = partial(identity_like, weights, place)
     lazily = LazyTensors(fetch)
     module = network(config)
-    fill(module, table.loading(lazily, source), source, check=weights.converts)
+    fill(module, table.loading(lazily, source), source, check=weights.converts, packed=packed)
     return module.eval()
 
 

@@ -75,11 +75,17 @@ def sources(base: Sources) -> list[Path | str]:
 
 
 def completed(
-    single: Single, own: Supply, base: Sources, dtype: torch.dtype | None, device: torch.device | str, opener: Opener
+    single: Single,
+    own: Supply,
+    base: Sources,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    opener: Opener,
+    packed: bool = False,
 ) -> Supply:
     """All parts of the model in a file: `own` first, which may have replaced some, then the file's, then the base's.
 
-    opener: opens a whole model.
+    opener: opens a whole model; packed: see `safe.fill`.
     Raises ValueError when a part is missing, a source has none that goes with the model, or T5 has no tokenizer.
     """
     preset = single.preset
@@ -87,7 +93,7 @@ def completed(
     if not missing(preset, own, optional=True):
         base = None  # it would be read in vain
     for source in sources(base):
-        own.add(supplied(source, preset, dtype, device, opener))
+        own.add(supplied(source, preset, dtype, device, opener, packed))
     lacking = missing(preset, own)
     if lacking:
         denoiser = "transformer" if isinstance(preset.denoiser, MMDiTConfig) else "U-Net"
@@ -110,7 +116,12 @@ def missing(preset: Preset, supply: Supply, optional: bool = False) -> list[str]
 
 
 def supplied(
-    source: Path | str, preset: Preset, dtype: torch.dtype | None, device: torch.device | str, opener: Opener
+    source: Path | str,
+    preset: Preset,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    opener: Opener,
+    packed: bool = False,
 ) -> Supply:
     """What a source has for a model; ValueError when that is nothing."""
     path = Path(source).expanduser()
@@ -134,7 +145,7 @@ def supplied(
         part = _place_of(preset, partial(spells, place.dialect), place.signature)
         if part is not None:
             config = config_of(preset, part)
-            found.networks[part] = read_part(placed, there, name, config)
+            found.networks[part] = read_part(placed, there, name, config, packed=packed)
             if part in TOWERS:
                 found.tokenizers[part] = read_tokenizer(weights, text_of(preset, part), TOWERS.index(part))
     if not found.networks:
