@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from sfumato.models.clip import CLIPTextModel
 from sfumato.text.tokenizer import ClipTokenizer, train_vocabulary
-from sfumato.weights.adapters import Embedding, EmbeddingHost, read_embedding
-from sfumato.weights.folder import load_folder
+from sfumato.weights.adapters import Embedding, EmbeddingHost, Lexicon, read_embedding
+from sfumato.weights.folder import load_folder, save_folder
 
+from ..tiny_xl import tiny_xl
 from .adapters_made import assert_near, assert_untouched, snapshot, tiny_tower, written
 
 WIDTH = 24
@@ -75,7 +76,7 @@ def test_every_layout_is_the_same_word(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"clip_l": vectors(2, width=768), "clip_g": vectors(2, width=1280)}, "SDXL's two text towers"),
+        ({"clip_l": vectors(2, width=768), "clip_g": torch.ones(2, 3, 4)}, r"clip_g.*float32 of shape \(2, 3, 4\)"),
         ({"<a>": vectors(1), "<b>": vectors(1)}, "no textual inversion with one trigger: 2 tensors: <a>, <b>"),
         ({"<a>": torch.ones(2, 3, 4)}, r"float32 of shape \(2, 3, 4\)"),
         ({"<a>": torch.ones(3, dtype=torch.int64)}, "int64 of shape"),
@@ -177,3 +178,53 @@ def test_the_states_are_diffusers(tmp_path: Path, tiny_folder: Path) -> None:
             states = parts.text_encoder(ids).last_hidden_state
             theirs, _ = peer.encode_prompt(prompt, "cpu", 1, False)
         assert_near(prompt, states, theirs)
+
+
+# Two towers.
+
+
+def test_a_word_for_two_towers(tmp_path: Path) -> None:
+    """Both tables are longer for it, and both are the old ones afterwards."""
+    parts = tiny_xl()
+    first, second = parts.text_encoder, parts.text_encoder_2
+    assert isinstance(first, CLIPTextModel) and isinstance(second, CLIPTextModel)
+    widths = first.config.hidden_size, second.config.hidden_size
+    content = {name: vectors(2, width=width) for name, width in zip(("clip_l", "clip_g"), widths, strict=True)}
+    word = read_embedding(written(tmp_path / "mood.safetensors", content))
+    assert word.name == "mood" and word.second is not None and torch.equal(word.second, content["clip_g"])
+    before = snapshot(first, second)
+    lexicon = Lexicon(parts.towers)
+    lexicon.apply([word])
+    one, two = lexicon.tokenizers
+    for tower, tokenizer, rows in ((first, one, content["clip_l"]), (second, two, content["clip_g"])):
+        ids = tokenizer(["a mood cat"])[0].tolist()
+        placed = [i for i in ids if i >= tower.config.vocab_size]
+        assert len(placed) == 2 and torch.equal(tower.text_model.embeddings.token_embedding.weight[placed], rows)
+    lexicon.apply([])
+    assert_untouched(before, first, second)
+    alone = read_embedding(written(tmp_path / "alone.safetensors", {"<a>": vectors(1, width=widths[0])}))
+    with pytest.raises(ValueError, match="is an embedding for one text tower; this model reads with two"):
+        lexicon.apply([alone])
+    with pytest.raises(ValueError, match=r"two text towers \(clip_l, clip_g\), as SDXL has them; this model has one"):
+        EmbeddingHost(parts.tokenizer, first).apply([word])  # type: ignore[arg-type]
+
+
+def test_what_two_towers_say_of_a_word_in_diffusers(tmp_path: Path) -> None:
+    import diffusers
+
+    parts = tiny_xl()
+    save_folder(parts, tmp_path / "model")
+    peer = diffusers.StableDiffusionXLPipeline.from_pretrained(str(tmp_path / "model"), local_files_only=True)
+    content = {"clip_l": vectors(2, width=16), "clip_g": vectors(2, width=24)}
+    peer.load_textual_inversion(content["clip_l"], "mood", text_encoder=peer.text_encoder, tokenizer=peer.tokenizer)
+    other = {"text_encoder": peer.text_encoder_2, "tokenizer": peer.tokenizer_2}
+    peer.load_textual_inversion(content["clip_g"], "mood", **other)
+    with torch.no_grad():
+        states, _, pooled, _ = peer.encode_prompt("a mood cat", do_classifier_free_guidance=False)
+    lexicon = Lexicon(parts.towers)
+    lexicon.apply([read_embedding(written(tmp_path / "mood.safetensors", content))])
+    with torch.no_grad():
+        mine = parts.towers.replaced(lexicon.tokenizers).condition("a mood cat")
+    assert mine.context is not None and mine.pooled is not None
+    assert_near("states", mine.context, states)
+    assert_near("pooled", mine.pooled, pooled)

@@ -20,7 +20,7 @@ from sfumato.pipelines.start import Start
 from sfumato.presets import Preset
 from sfumato.text.prompt import LoraTag, extract_loras
 from sfumato.text.towers import Cache, Towers
-from sfumato.weights.adapters import Adapter, AdapterHost, EmbeddingHost, read_adapter, read_embedding
+from sfumato.weights.adapters import Adapter, AdapterHost, Lexicon, read_adapter, read_embedding
 from sfumato.weights.adapters.names import UNET, ModuleNames
 from sfumato.weights.hub import find_file
 from sfumato.weights.parts import Denoiser
@@ -93,9 +93,7 @@ class Wardrobe:
     def __init__(self, denoiser: Denoiser, towers: Towers) -> None:
         self.denoiser, self.towers = denoiser, towers
         self._adapters = AdapterHost(denoiser, *towers.encoders)
-        self._words: EmbeddingHost | None = None
-        if towers.clips and not towers.paired:
-            self._words = EmbeddingHost(*towers.clips[0])
+        self._words = Lexicon(towers)
         self._worn = BARE
         self._texts: Cache = {}
         if towers.lacks_t5:
@@ -113,12 +111,7 @@ class Wardrobe:
         try:
             words = [read_embedding(find_file("embedding", name)) for name in wanted.embeddings]
             shares = [share for tag in wanted.loras for share in self._shares(tag)]
-            if self._words is not None:
-                self._words.apply(words)
-            elif words:
-                raise ValueError(
-                    f"{wanted.embeddings[0]}: learned words are for models with one CLIP tower; leave it out"
-                )
+            self._words.apply(words)
             self._adapters.apply(shares)
         except BaseException:
             self.undress()
@@ -128,8 +121,7 @@ class Wardrobe:
     def undress(self) -> None:
         """Take everything off, bit for bit, and forget the texts, as the networks may change from now on."""
         self._adapters.apply([])
-        if self._words is not None:
-            self._words.apply([])
+        self._words.apply([])
         self._texts.clear()
         self._worn = BARE
 
@@ -159,7 +151,7 @@ class Wardrobe:
         negative: bool = False,
     ) -> Cond | Turns:
         steps = len(start.grid) - 1
-        towers = self.towers if self._words is None else self.towers.replaced([self._words.tokenizer])
+        towers = self.towers.replaced(self._words.tokenizers)
         rule = request.prompt_rule or "none"
         turns = towers.along(text, steps, request.clip_skip or 0, rule, self._texts, negative)
         count = sizes.told(preset.denoiser, preset.texts)

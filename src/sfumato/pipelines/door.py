@@ -29,7 +29,7 @@ from sfumato.text.encode import encode_prompts
 from sfumato.text.tokenizer import ClipTokenizer
 from sfumato.text.towers import TextEncoder, Tokenizer
 from sfumato.weights.folder import save_folder
-from sfumato.weights.parts import VAE, Components, collected
+from sfumato.weights.parts import VAE, Components, collected, towers_of
 
 D = TypeVar("D", bound="Door")
 PARTS = (
@@ -84,7 +84,7 @@ class Door(Switches):
         scheduler = self._mended(scheduler_of(parts.scheduler))
         parts = replace(parts, scheduler=scheduler, pipeline=family)
         self._pipe = Pipeline(parts, runtime, name)
-        self._adapted = Adapted(parts.unet, text, tokenizer)
+        self._adapted = Adapted(parts.unet, text, tokenizer, towers_of(parts).encoders)
         self.image_processor = ImageProcessor(self.vae_scale_factor, self.resample, channels=self.latent_channels)
         self._progress: dict[str, Any] = {}
         self.safety_checker: Any = None
@@ -290,7 +290,7 @@ class Door(Switches):
     def _dress_anew(self) -> None:
         """Adapters belong to networks: with others in their place, none is on."""
         tokenizer, text = self._tower(collected(self._pipe))
-        self._adapted = Adapted(self.unet, text, tokenizer)
+        self._adapted = Adapted(self.unet, text, tokenizer, towers_of(self._pipe).encoders)
 
     @property
     def device(self) -> torch.device:

@@ -1,14 +1,14 @@
 """Textual inversion: learned words for the text tower (Gal et al. 2022).
 
-An embedding file holds n vectors that stand in the token table for a word of their own, its trigger. Three
-layouts are read: AUTOMATIC1111's pickle (`string_to_param`), its safetensors (`emb_params`) and diffusers'
-(`{trigger: vectors}`).
+An embedding file holds n vectors that stand in the token table for a word of their own, its trigger. Four
+layouts are read: AUTOMATIC1111's pickle (`string_to_param`), its safetensors (`emb_params`), diffusers'
+(`{trigger: vectors}`), and for Stable Diffusion XL and 3, which read with two CLIP towers, `clip_l` and `clip_g`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sfumato.models.clip import CLIPTextModel
 from sfumato.text.tokenizer import ClipTokenizer
+from sfumato.text.towers import Towers
 from sfumato.weights.adapters.deltas import FAMILIES
 from sfumato.weights.keymap import listed
 from sfumato.weights.source import Weights, open_weights
@@ -24,16 +25,20 @@ from sfumato.weights.streaming import home_of
 
 PICKLED = "string_to_param."
 PLAIN = "emb_params"
-TWO_TOWERS = {"clip_l", "clip_g"}
+TWO_TOWERS = ("clip_l", "clip_g")
 
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """A learned word: its trigger `name`, and the vectors (n, D) that it puts in the place of token embeddings."""
+    """A learned word: its trigger `name`, and the vectors (n, D) that it puts in the place of token embeddings.
+
+    second: those for the second of two towers; None where the word is for models with one.
+    """
 
     name: str
     path: Path
     vectors: Tensor
+    second: Tensor | None = None
 
 
 def read_embedding(path: Path | str, name: str | None = None) -> Embedding:
@@ -41,21 +46,45 @@ def read_embedding(path: Path | str, name: str | None = None) -> Embedding:
 
     name: the trigger. By default the token that a diffusers file names, and otherwise the file's name without
           ending, which is what AUTOMATIC1111 goes by, whatever name the file has inside.
-    Raises FileNotFoundError, or ValueError when it is damaged, no embedding, or one for two text towers (SDXL).
+    Raises FileNotFoundError, or ValueError when it is damaged or no embedding.
     """
     path = Path(path)
     with open_weights(path) as weights:
+        if set(TWO_TOWERS) <= set(weights):
+            first, second = (_checked(path, token, weights[token]) for token in TWO_TOWERS)
+            return Embedding(path.stem if name is None else name, path, first, second)
         token, vectors = _vectors(weights)
-    if not vectors.is_floating_point() or not 1 <= vectors.ndim <= 2 or vectors.numel() == 0:
-        raise ValueError(
-            f"{path}: {token!r} is {vectors.dtype} of shape {tuple(vectors.shape)}; "
-            "an embedding is one vector (D,) or several (n, D)"
-        )
-    if not torch.isfinite(vectors.float()).all():
-        raise ValueError(f"{path}: {token!r} holds infinite numbers or NaN; the file is damaged, fetch it again")
     if name is None:
         name = path.stem if token == PLAIN or token.startswith(PICKLED) else token
-    return Embedding(name, path, vectors.detach().reshape(-1, vectors.shape[-1]))
+    return Embedding(name, path, _checked(path, token, vectors))
+
+
+class Lexicon:
+    """The learned words of all CLIP towers of a model, each with its tokenizer."""
+
+    def __init__(self, towers: Towers) -> None:
+        self._hosts = {
+            place: EmbeddingHost(tokenizer, tower)
+            for place, (tower, tokenizer) in enumerate(zip(towers.encoders, towers.tokenizers, strict=False))
+            if isinstance(tower, CLIPTextModel) and isinstance(tokenizer, ClipTokenizer)
+        }
+
+    @property
+    def tokenizers(self) -> list[ClipTokenizer]:
+        """The tokenizers that know the words, by the order of their towers."""
+        return [host.tokenizer for host in self._hosts.values()]
+
+    def apply(self, wanted: Sequence[Embedding]) -> None:
+        """Know these words and no other learned ones; [] takes all off.
+
+        Raises ValueError as `EmbeddingHost.apply` does, and for a word that is not made for as many towers; then
+        some of them may know the words, and [] takes these off.
+        """
+        if wanted and not self._hosts:
+            raise ValueError(f"{wanted[0].path}: learned words are for models with CLIP towers; leave it out")
+        alone = list(self._hosts) == [0]
+        for place, host in self._hosts.items():
+            host.apply(wanted if alone else [_share(one, place) for one in wanted])
 
 
 class EmbeddingHost:
@@ -95,6 +124,11 @@ class EmbeddingHost:
         room = self._original.max_length - 2
         expansions: dict[str, range] = {}
         for embedding in wanted:
+            if embedding.second is not None:
+                raise ValueError(
+                    f"{embedding.path} is an embedding for two text towers ({', '.join(TWO_TOWERS)}), as SDXL has "
+                    "them; this model has one, use an embedding that was made for it"
+                )
             count, found = embedding.vectors.shape
             if found != width:
                 family = f", as {FAMILIES[found]} has it" if found in FAMILIES else ""
@@ -132,6 +166,28 @@ class EmbeddingHost:
         self._layer.num_embeddings = table.shape[0]
 
 
+def _share(embedding: Embedding, place: int) -> Embedding:
+    """What one of two towers learns of a word."""
+    if embedding.second is None:
+        raise ValueError(
+            f"{embedding.path} is an embedding for one text tower; this model reads with two "
+            f"({', '.join(TWO_TOWERS)}), use an embedding that was made for it"
+        )
+    return replace(embedding, vectors=embedding.second if place else embedding.vectors, second=None)
+
+
+def _checked(path: Path, token: str, vectors: Tensor) -> Tensor:
+    """Vectors as (n, D); ValueError when they are none."""
+    if not vectors.is_floating_point() or not 1 <= vectors.ndim <= 2 or vectors.numel() == 0:
+        raise ValueError(
+            f"{path}: {token!r} is {vectors.dtype} of shape {tuple(vectors.shape)}; "
+            "an embedding is one vector (D,) or several (n, D)"
+        )
+    if not torch.isfinite(vectors.float()).all():
+        raise ValueError(f"{path}: {token!r} holds infinite numbers or NaN; the file is damaged, fetch it again")
+    return vectors.detach().reshape(-1, vectors.shape[-1])
+
+
 def _lengthened(added: Sequence[Tensor], table: Tensor) -> Tensor:
     """A table with further rows."""
     return torch.cat([table, *(vectors.to(table) for vectors in added)])
@@ -146,11 +202,6 @@ def _table(layer: nn.Embedding) -> nn.Parameter:
 def _vectors(weights: Weights) -> tuple[str, Tensor]:
     """The one tensor of an embedding file, with its name; ValueError saying what the file holds instead."""
     names = list(weights)
-    if TWO_TOWERS.issubset(names):
-        raise ValueError(
-            f"{weights.path} is an embedding for SDXL's two text towers (clip_l, clip_g); "
-            "this model has one, use an embedding that was made for it"
-        )
     for chosen in ([n for n in names if n == PLAIN], [n for n in names if n.startswith(PICKLED)], names):
         if len(chosen) == 1:
             return chosen[0], weights[chosen[0]]
