@@ -12,6 +12,8 @@ import transformers
 from safetensors.torch import save_file
 
 from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
+from sfumato.presets.classic import CLIP_L
+from sfumato.presets.xl import OPENCLIP_G
 
 from .parity import assert_close, count, exchange, scramble
 
@@ -100,10 +102,12 @@ def test_a_token_sees_only_those_before_it() -> None:
     assert same.tolist() == [True] * 4 + [False] * 8
 
 
-def test_published_parameter_count() -> None:
-    raw = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "eos_token_id": 2}
+@pytest.mark.parametrize(("config", "published"), [(CLIP_L, 123_060_480), (OPENCLIP_G, 694_659_840)])
+def test_published_parameter_counts(config: CLIPTextConfig, published: int) -> None:
+    kind = transformers.CLIPTextModelWithProjection if config.projected else transformers.CLIPTextModel
+    raw = {name: value for name, value in config.to_dict().items() if name not in ("_class_name", "architectures")}
     with torch.device("meta"):
-        assert count(CLIPTextModel(CLIPTextConfig.from_dict(raw))) == 123_060_480
+        assert count(CLIPTextModel(config)) == count(kind(transformers.CLIPTextConfig(**raw))) == published
 
 
 def test_config_survives_the_round_trip_through_transformers() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from sfumato.cond import Cond
 from sfumato.models.unet import UNet, UNetConfig
-from sfumato.presets.xl import SDXL, SDXL_REFINER
+from sfumato.presets.xl import SDXL, SDXL_INPAINT, SDXL_REFINER
 
 from .parity import assert_close, count, exchange
 
@@ -245,6 +245,7 @@ FULL: dict[str, tuple[dict[str, Any], int]] = {
     "sd2-depth": ({**FULL_SD2, "in_channels": 5}, 865_913_604),
     "x4-upscaler": (FULL_UPSCALER, 473_398_020),
     "sdxl": (SDXL.denoiser.to_dict(), 2_567_463_684),
+    "sdxl-inpaint": (SDXL_INPAINT.denoiser.to_dict(), 2_567_478_084),
     "sdxl-refiner": (SDXL_REFINER.denoiser.to_dict(), 2_259_526_660),
     "cin256": (FULL_CIN, 400_920_579),
     "ldm-text": ({"cross_attention_dim": 1280, "sample_size": 32}, 872_300_484),
