@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.models.mmdit import MMDiT
 from sfumato.weights import single, supply
+from sfumato.weights.detect import home_of
 from sfumato.weights.folder import load_folder, save_folder
 from sfumato.weights.model import load_model, save_model
 from sfumato.weights.parts import Components
@@ -187,3 +189,60 @@ def test_what_is_missing_or_does_not_go_together_is_named(pieces: Any, tmp_path:
 def test_several_sources() -> None:
     assert supply.sources(None) == [] and supply.sources("a, b,") == ["a", "b"]
     assert supply.sources(Path("a,b")) == [Path("a,b")] and supply.sources("owner/name") == ["owner/name"]
+
+
+# Denoisers in fewer bits, under names without a prefix.
+
+
+def as_gguf(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """A GGUF file in 8 bits where the shapes allow it; what its tensors then are."""
+    gguf = pytest.importorskip("gguf")
+    writer, wanted = gguf.GGUFWriter(str(path), "sd3"), {}
+    for name, tensor in tensors.items():
+        kind = gguf.GGMLQuantizationType["Q8_0" if tensor.ndim == 2 and tensor.shape[1] % 32 == 0 else "F32"]
+        raw = gguf.quants.quantize(tensor.numpy(), kind)
+        writer.add_tensor(name, raw, raw_dtype=kind)
+        wanted[name] = torch.from_numpy(gguf.quants.dequantize(raw, kind).copy()).reshape(tensor.shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return wanted
+
+
+def as_fp8(tensors: dict[str, Tensor], path: Path, scaled: bool) -> dict[str, Tensor]:
+    """A file with its matrices in 8-bit floating point, with scales or without; what its tensors then are."""
+    stored, wanted = {}, {}
+    for name, tensor in tensors.items():
+        stored[name] = wanted[name] = tensor.clone()
+        if tensor.ndim == 2 and name.endswith(".weight"):
+            scale = tensor.abs().max() / 448 if scaled else torch.ones(())
+            stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            wanted[name] = stored[name].float() * scale
+            if scaled:
+                stored[name.removesuffix("weight") + "scale_weight"] = scale
+    save_file(stored | ({"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)} if scaled else {}), path)
+    return wanted
+
+
+@pytest.mark.parametrize("form", ["gguf", "fp8", "scaled fp8"])
+@pytest.mark.parametrize("name", ["sdxl", "sdxl-refiner", "sd35-medium"])
+def test_a_denoiser_in_eight_bits(name: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = random_parts(TINY[name])
+    opened = partial(single.load_single, presets=(TINY[name],))
+    monkeypatch.setattr("sfumato.weights.model.load_single", opened)
+    if parts.text_encoder_3 is not None:
+        parts = replace(parts, text_encoder_3=None, tokenizer_3=None)
+    save_folder(parts, tmp_path / "base")
+    dialect, _ = home_of(TINY[name], "denoiser", parts.denoiser.config)
+    table, path = dialect.table(parts.denoiser.config), tmp_path / ("net." + form.split()[-1])
+    bare = {key: tensor.contiguous() for key, tensor in table.save(parts.denoiser.state_dict()).items()}
+    wanted = as_gguf(bare, path) if form == "gguf" else as_fp8(bare, path, form != "fp8")
+    assert report(path).kind == ("transformer" if name.startswith("sd35") else "unet")
+    back = load_model(path, base=tmp_path / "base")
+    assert_same(back, parts, ("vae", *TOWERS))
+    expected = table.load(wanted)
+    assert any(not torch.equal(t, parts.denoiser.state_dict()[key]) for key, t in expected.items())
+    worst = max(float((t - expected[key]).abs().max()) for key, t in back.denoiser.state_dict().items())
+    print(f"{name} as {form}: largest difference {worst}")
+    assert worst <= 1e-7
