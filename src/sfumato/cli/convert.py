@@ -19,7 +19,10 @@ def convert(
         str | None, typer.Option("--prediction", help="eps or v: what the file's network predicts, if it does not say.")
     ] = None,
     vae: Annotated[str | None, typer.Option("--vae", help="Take the autoencoder from there.")] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Take the parts that the file lacks from there.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Where to take what the file lacks: a model, or files parted by commas."),
+    ] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the averaged U-Net of a training checkpoint.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:

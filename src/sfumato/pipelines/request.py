@@ -298,7 +298,7 @@ class Request(BaseModel):
     ] = None
     base: Annotated[
         str | None,
-        Field(min_length=1, description="Model to take the parts from that the file does not have."),
+        Field(min_length=1, description="Where to take what the file lacks: a model, or files parted by commas."),
         Flag(value="MODEL"),
     ] = None
     prediction: Annotated[
