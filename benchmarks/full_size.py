@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import sfumato
 from sfumato.diffusion.scheduler import Scheduler
 from sfumato.models.clip import CLIPTextConfig
+from sfumato.models.mmdit import MMDiTConfig, positions
 from sfumato.presets import PRESETS, Preset
 from sfumato.text.standard import bert_tokenizer, clip_tokenizer
 from sfumato.weights.folder import LAYOUTS, save_folder
@@ -168,7 +169,10 @@ def ours(preset: Preset, seed: int, dtype: torch.dtype = torch.float32) -> Compo
     def network(config: Any, offset: int) -> Any:
         with torch.device("meta"):
             module = NETWORKS[type(config)](config)
-        module.load_state_dict(random_weights(module, seed + offset, dtype), assign=True)
+        tensors = random_weights(module, seed + offset, dtype)
+        if isinstance(config, MMDiTConfig):
+            tensors["pos_embed.pos_embed"] = positions(config).to(dtype)  # which is not drawn
+        module.load_state_dict(tensors, assign=True)
         return module.eval()
 
     def tower(config: Any, offset: int) -> tuple[Any, Any]:
