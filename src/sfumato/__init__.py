@@ -40,10 +40,6 @@ if TYPE_CHECKING:
     )
     from sfumato.diffusion.scheduler import Scheduler
     from sfumato.pipelines.doors import (
-        AutoPipelineForImage2Image,
-        AutoPipelineForInpainting,
-        AutoPipelineForText2Image,
-        DiffusionPipeline,
         StableDiffusionDepth2ImgPipeline,
         StableDiffusionImg2ImgPipeline,
         StableDiffusionInpaintPipeline,
@@ -51,6 +47,17 @@ if TYPE_CHECKING:
         StableDiffusionPipeline,
         StableDiffusionPipelineOutput,
         StableDiffusionUpscalePipeline,
+    )
+    from sfumato.pipelines.doors_auto import (
+        AutoPipelineForImage2Image,
+        AutoPipelineForInpainting,
+        AutoPipelineForText2Image,
+        DiffusionPipeline,
+    )
+    from sfumato.pipelines.doors_sd3 import (
+        StableDiffusion3Img2ImgPipeline,
+        StableDiffusion3InpaintPipeline,
+        StableDiffusion3Pipeline,
     )
     from sfumato.pipelines.doors_xl import (
         StableDiffusionXLImg2ImgPipeline,
@@ -100,10 +107,6 @@ _HOMES = {
     ),
     "sfumato.diffusion.scheduler": ("Scheduler",),
     "sfumato.pipelines.doors": (
-        "DiffusionPipeline",
-        "AutoPipelineForText2Image",
-        "AutoPipelineForInpainting",
-        "AutoPipelineForImage2Image",
         "StableDiffusionDepth2ImgPipeline",
         "StableDiffusionImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",
@@ -111,6 +114,17 @@ _HOMES = {
         "StableDiffusionPipeline",
         "StableDiffusionPipelineOutput",
         "StableDiffusionUpscalePipeline",
+    ),
+    "sfumato.pipelines.doors_auto": (
+        "AutoPipelineForImage2Image",
+        "AutoPipelineForInpainting",
+        "AutoPipelineForText2Image",
+        "DiffusionPipeline",
+    ),
+    "sfumato.pipelines.doors_sd3": (
+        "StableDiffusion3Img2ImgPipeline",
+        "StableDiffusion3InpaintPipeline",
+        "StableDiffusion3Pipeline",
     ),
     "sfumato.pipelines.doors_xl": (
         "StableDiffusionXLImg2ImgPipeline",
@@ -163,6 +177,9 @@ __all__ = [
     "PipelineOutput",
     "Request",
     "Scheduler",
+    "StableDiffusion3Img2ImgPipeline",
+    "StableDiffusion3InpaintPipeline",
+    "StableDiffusion3Pipeline",
     "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",

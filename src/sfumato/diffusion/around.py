@@ -50,6 +50,17 @@ class PAG:
         return anchor_of(self.inner, x, point, answers if self.scale == 0 else answers[:-1])
 
 
+def skipping(
+    inner: Guidance, cond: Cond | Turns, scale: float, layers: str, shares: Sequence[float], grid: Sequence[Point]
+) -> Guidance:
+    """Skip-layer guidance in the steps that lie between two shares of a grid's, `inner` in the others.
+
+    cond, scale: see `PAG`; layers: numbers of a transformer's blocks, such as "7,8,9".
+    """
+    levels = levels_inside(grid, shares)
+    return inner if levels is None else Within(PAG(inner, cond, scale, f"skip_layers:{layers}"), inner, levels)
+
+
 @dataclass(frozen=True, eq=False)
 class Rescale:
     """What `inner` makes, brought back to the deviation of the conditional answer (Lin et al. 2023, section 3.4).
@@ -133,20 +144,15 @@ def levels_of(grid: Sequence[Point], shares: Sequence[float]) -> tuple[float, fl
     return levels_between(grid, first, stop)
 
 
-def levels_inside(grid: Sequence[Point], shares: Sequence[float]) -> tuple[float, float]:
+def levels_inside(grid: Sequence[Point], shares: Sequence[float]) -> tuple[float, float] | None:
     """The same as `levels_of` for the steps i that lie between both shares, low * steps < i < high * steps.
 
-    So diffusers counts the steps of skip-layer guidance: from 0.01 on leaves out the first step alone.
-    Raises ValueError where no step is left.
+    So diffusers counts the steps of skip-layer guidance: from 0.01 on leaves out the first step alone. None where no
+    step lies there.
     """
     steps = len(grid) - 1
     first, stop = math.floor(shares[0] * steps + 1e-9) + 1, math.ceil(shares[1] * steps - 1e-9)
-    if first >= stop:
-        raise ValueError(
-            f"slg_interval = {shares[0]:g},{shares[1]:g} has none of {steps} steps inside; "
-            f"give a wider one, or more steps"
-        )
-    return levels_between(grid, first, stop)
+    return levels_between(grid, first, stop) if first < stop else None
 
 
 def levels_between(grid: Sequence[Point], first: int, stop: int) -> tuple[float, float]:

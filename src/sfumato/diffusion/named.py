@@ -430,12 +430,19 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
 
     def sized(self, tokens: int) -> FlowMatchEulerDiscreteScheduler:
         """This scheduler for pictures of so many tokens; itself where the shift is fixed."""
-        if not self.use_dynamic_shifting or self.base_shift is None or self.max_shift is None:
+        mu = self.shift_of(tokens)
+        if mu is None:
             return self
         other = replace(self)
-        share = (tokens - self.base_image_seq_len) / (self.max_image_seq_len - self.base_image_seq_len)
-        other.shifting(self.base_shift + (self.max_shift - self.base_shift) * share)
+        other.shifting(mu)
         return other
+
+    def shift_of(self, tokens: int) -> float | None:
+        """What `shifting` takes for pictures of so many tokens; None where the shift is fixed."""
+        if not self.use_dynamic_shifting or self.base_shift is None or self.max_shift is None:
+            return None
+        share = (tokens - self.base_image_seq_len) / (self.max_image_seq_len - self.base_image_seq_len)
+        return self.base_shift + (self.max_shift - self.base_shift) * share
 
     def set_timesteps(
         self,

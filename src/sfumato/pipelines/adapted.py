@@ -7,31 +7,31 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sfumato.models.clip import CLIPTextModel
-from sfumato.models.unet import UNet
 from sfumato.text.tokenizer import ClipTokenizer
 from sfumato.text.towers import TextEncoder
 from sfumato.weights.adapters import Adapter, AdapterHost, EmbeddingHost, read_adapter, read_embedding
 from sfumato.weights.adapters.inversion import Embedding
 from sfumato.weights.hub import Kind, fetch, find_file, parse_id
+from sfumato.weights.parts import Denoiser
 
 Strengths = Mapping[str, float]
 
 
 class Adapted:
-    """What a U-Net, a text encoder and its tokenizer wear; `encoders` are all that there are, by place, or one alone.
+    """What a denoiser, a text encoder and its tokenizer wear; `encoders` are all that there are, by place, or one.
 
     loaded: adapters by name; active: those that count, with their strengths; fused: what stays on whatever is active.
     """
 
     def __init__(
         self,
-        unet: UNet,
+        denoiser: Denoiser,
         text_encoder: CLIPTextModel,
         tokenizer: ClipTokenizer,
         encoders: Sequence[TextEncoder | None] = (),
     ) -> None:
-        self.parts = unet, text_encoder, tokenizer
-        self.host = AdapterHost(unet, *(encoders or (text_encoder,)))
+        self.parts = denoiser, text_encoder, tokenizer
+        self.host = AdapterHost(denoiser, *(encoders or (text_encoder,)))
         self.words = EmbeddingHost(tokenizer, text_encoder)
         self.loaded: dict[str, Adapter] = {}
         self.active: dict[str, float] = {}

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,7 @@ class Call:
     callback, callback_steps: the older kind, called (i, t, latents).
     """
 
+    step_tensors: ClassVar[Sequence[str]] = STEP_TENSORS
     prompt: str | Sequence[str] | None = None
     num_inference_steps: int = 50
     timesteps: Sequence[float] | None = None
@@ -95,9 +96,10 @@ class Call:
         call.callback_on_step_end_tensor_inputs = getattr(
             call.callback_on_step_end, "tensor_inputs", call.callback_on_step_end_tensor_inputs
         )
-        strange = [name for name in call.callback_on_step_end_tensor_inputs if name not in STEP_TENSORS]
+        known_tensors = cls.step_tensors
+        strange = [name for name in call.callback_on_step_end_tensor_inputs if name not in known_tensors]
         if strange:
-            raise ValueError(f"callback_on_step_end_tensor_inputs: {strange[0]!r}; known: {', '.join(STEP_TENSORS)}")
+            raise ValueError(f"callback_on_step_end_tensor_inputs: {strange[0]!r}; known: {', '.join(known_tensors)}")
         other = set(call.cross_attention_kwargs or ()) - {"scale"}
         if other:
             raise ValueError(f"cross_attention_kwargs: {sorted(other)[0]!r} is not supported; known: 'scale'")

@@ -19,7 +19,18 @@ from sfumato.models.clip import CLIPTextModel
 from sfumato.models.depth import DepthEstimator
 from sfumato.models.unet import UNet
 from sfumato.pipelines.adapted import Adapted
-from sfumato.pipelines.opening import opened, passed_over, single
+from sfumato.pipelines.opening import (
+    MAIN,
+    MORE,
+    PARTS,
+    absent_t5,
+    opened,
+    passed_over,
+    scheduler_of,
+    single,
+    with_parts,
+    without_t5,
+)
 from sfumato.pipelines.pipeline import Pipeline
 from sfumato.pipelines.processor import ImageProcessor
 from sfumato.pipelines.switches import Switches
@@ -32,10 +43,6 @@ from sfumato.weights.folder import save_folder
 from sfumato.weights.parts import VAE, Components, collected, towers_of
 
 D = TypeVar("D", bound="Door")
-PARTS = (
-    *("vae", "text_encoder", "tokenizer", "unet", "scheduler"),
-    *("low_res_scheduler", "depth_estimator", "text_encoder_2", "tokenizer_2"),
-)
 ABSENT = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 
 log = logging.getLogger(__name__)
@@ -53,6 +60,7 @@ class Door(Switches):
     # Options of schedulers that diffusers sets right when it puts such a pipeline together.
     mends: ClassVar[Mapping[str, object]] = {"steps_offset": 1, "clip_sample": False}
     resample: ClassVar[str] = "lanczos"
+    denoiser_name: ClassVar[str] = "unet"
 
     def __init__(
         self,
@@ -74,7 +82,7 @@ class Door(Switches):
         """Take the parts of a model, which is moved and converted to the runtime."""
         door = type(self).__name__
         tokenizer, text = self._tower(parts)
-        extra = parts.unet.config.in_channels - parts.vae.config.latent_channels
+        extra = parts.denoiser.config.in_channels - parts.vae.config.latent_channels
         family = self.families.get(extra)
         if family is None or (family == "StableDiffusionUpscalePipeline") != (parts.low_res_scheduler is not None):
             raise ValueError(
@@ -84,7 +92,7 @@ class Door(Switches):
         scheduler = self._mended(scheduler_of(parts.scheduler))
         parts = replace(parts, scheduler=scheduler, pipeline=family)
         self._pipe = Pipeline(parts, runtime, name)
-        self._adapted = Adapted(parts.unet, text, tokenizer, towers_of(parts).encoders)
+        self._adapted = Adapted(parts.denoiser, text, tokenizer, towers_of(parts).encoders)
         self.image_processor = ImageProcessor(self.vae_scale_factor, self.resample, channels=self.latent_channels)
         self._progress: dict[str, Any] = {}
         self.safety_checker: Any = None
@@ -143,7 +151,8 @@ class Door(Switches):
     ) -> D:
         """Open a model folder, a built-in model or a hub id, on the CPU and in float32 unless said otherwise.
 
-        others: parts to take instead (vae=, scheduler=...), and arguments of diffusers that change nothing here.
+        others: parts to take instead (vae=, scheduler=...), and arguments of diffusers that change nothing here;
+                text_encoder_3=None leaves T5 out.
         Raises FileNotFoundError or ValueError in one line.
         """
         runtime = choose("cpu", dtype_name(torch_dtype or dtype or torch.float32))
@@ -151,7 +160,8 @@ class Door(Switches):
         cls._check_others({name: value for name, value in others.items() if name not in PARTS})
         if "safety_checker" not in others:
             log.info("%s: pictures are not checked; a model's safety_checker is passed over", cls.__name__)
-        parts = opened(source, runtime.dtype, variant, revision, cache_dir, local_files_only)
+        without = absent_t5(others)
+        parts = opened(source, runtime.dtype, variant, revision, cache_dir, local_files_only, without)
         return cls._of(with_parts(parts, given), runtime, str(source))
 
     @classmethod
@@ -170,7 +180,9 @@ class Door(Switches):
         runtime = choose("cpu", dtype_name(torch_dtype or torch.float32))
         given = {name: others.pop(name) for name in PARTS if others.get(name) is not None}
         cls._check_others({k: v for k, v in others.items() if k not in (*PARTS, "local_files_only", "revision")})
-        return cls._of(with_parts(single(path, runtime.dtype, prediction_type), given), runtime, str(path))
+        parts = single(path, runtime.dtype, prediction_type)
+        parts = without_t5(parts) if absent_t5(others) else parts
+        return cls._of(with_parts(parts, given), runtime, str(path))
 
     @classmethod
     def from_pipe(cls: type[D], pipeline: Door | Pipeline, **given: Any) -> D:
@@ -213,8 +225,8 @@ class Door(Switches):
     @property
     def components(self) -> dict[str, Any]:
         """The parts by name, as another door's constructor takes them."""
-        named = {name: getattr(self, name) for name in PARTS[:5]} | dict.fromkeys(ABSENT[:3])
-        extra = {name: getattr(self, name) for name in PARTS[5:]}
+        named = {name: getattr(self, name) for name in (*MAIN, self.denoiser_name)} | dict.fromkeys(ABSENT[:3])
+        extra = {name: getattr(self._pipe, name) for name in MORE}
         return named | {name: part for name, part in extra.items() if part is not None}
 
     @property
@@ -290,7 +302,7 @@ class Door(Switches):
     def _dress_anew(self) -> None:
         """Adapters belong to networks: with others in their place, none is on."""
         tokenizer, text = self._tower(collected(self._pipe))
-        self._adapted = Adapted(self.unet, text, tokenizer, towers_of(self._pipe).encoders)
+        self._adapted = Adapted(self._pipe.denoiser, text, tokenizer, towers_of(self._pipe).encoders)
 
     @property
     def device(self) -> torch.device:
@@ -427,22 +439,3 @@ class Door(Switches):
     def set_progress_bar_config(self, **config: Any) -> None:
         """disable, leave and desc of progress bars."""
         self._progress = config
-
-
-def with_parts(parts: Components, given: Mapping[str, Any]) -> Components:
-    """The parts with some of them replaced."""
-    if "scheduler" in given:
-        given = {**given, "scheduler": scheduler_of(given["scheduler"])}
-    return replace(parts, **{"denoiser" if name == "unet" else name: part for name, part in given.items()})
-
-
-def scheduler_of(scheduler: Any) -> Scheduler:
-    """A scheduler of this package, from itself or from another library's configuration.
-
-    Raises ValueError for something else, and for a class or an option that is not known.
-    """
-    if isinstance(scheduler, Scheduler):
-        return scheduler
-    if not isinstance(getattr(scheduler, "config", None), Mapping):
-        raise ValueError(f"{scheduler!r} is no scheduler; give one of sfumato's")
-    return Scheduler.from_config({"_class_name": type(scheduler).__name__, **scheduler.config})

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -30,14 +29,11 @@ from sfumato.pipelines.call import Call, StableDiffusionPipelineOutput
 from sfumato.pipelines.check import check
 from sfumato.pipelines.door import Door
 from sfumato.pipelines.masks import Frame, cut_out
-from sfumato.pipelines.opening import found
 from sfumato.pipelines.processor import ImageProcessor, check_whole
 from sfumato.pipelines.request import Request, parse
 from sfumato.pipelines.start import STARTS, Start
 from sfumato.pipelines.together import CastNoise, Together, Watcher, Weights, Words, guided
 from sfumato.presets import Task
-from sfumato.weights.folder import read_index
-from sfumato.weights.safe import lay_out
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +51,11 @@ class Maker(Door):
     ) -> Any:
         """The pictures of a call; request: its numbers, checked; frame: what they are put back into."""
         task = self._task
-        weights = Weights(call.guidance_scale, request.image_guidance_scale, call.guidance_rescale)
+        weights = self._weights(call, request)
         self._guidance_scale, self._interrupt = call.guidance_scale, False
         pipe, scheduler = self._pipe, self.scheduler
-        if pipe.runtime.channels_last:
-            lay_out(pipe.unet)
-            lay_out(self.vae)
-        with self._adapted.scaled((call.cross_attention_kwargs or {}).get("scale")):
+        pipe.lay_out()
+        with pipe.allocating(), self._adapted.scaled((call.cross_attention_kwargs or {}).get("scale")):
             words = self._words(call, weights.guides, (height, width), request)
             setting = self._setting(call, (height, width), request, images)
             start = self._begun(call, setting)
@@ -78,7 +72,11 @@ class Maker(Door):
                     call.callback_on_step_end_tensor_inputs, call.callback, call.callback_steps or 1, bar.update,
                 )  # fmt: skip
                 drive([run], pipe.net, watcher)
-        return self._answer(call, watcher.latents(run), frame)
+            return self._answer(call, watcher.latents(run), frame)
+
+    def _weights(self, call: Call, request: Request) -> Weights:
+        """What guides a call."""
+        return Weights(call.guidance_scale, request.image_guidance_scale, call.guidance_rescale)
 
     def _words(self, call: Call, guides: bool, size: tuple[int, int], request: Request) -> Words:
         """What the network is told of the prompts of a call."""
@@ -350,26 +348,3 @@ class StableDiffusionUpscalePipeline(Maker):
         height, width = (side * self.vae_scale_factor for side in small.shape[2:])
         request = self._checked(call, height=height, width=width, noise_level=noise_level)
         return self._made(call, height, width, request, image=small)
-
-
-AutoPipelineForText2Image = StableDiffusionPipeline
-AutoPipelineForImage2Image = StableDiffusionImg2ImgPipeline
-AutoPipelineForInpainting = StableDiffusionInpaintPipeline
-
-
-class DiffusionPipeline:
-    """The door that a model was made for, whichever that is."""
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, **arguments: Any) -> Maker:
-        """Open a model as its folder says it is, or for text to image; arguments: see `Door.from_pretrained`."""
-        names = ("variant", "revision", "cache_dir", "local_files_only")
-        variant, revision, cache, local = (arguments.get(name) for name in names)
-        dtype = arguments.get("torch_dtype") or torch.float32
-        place = found(source, dtype, variant, revision, cache, bool(local))
-        family = read_index(place)[1] if place.is_dir() else StableDiffusionPipeline.families[0]
-        from sfumato.pipelines.doors_xl import DOORS  # which stands on this module
-
-        doors = (door for door in Maker.__subclasses__() if family in door.families.values())
-        door: type[Maker] = DOORS[family] if family in DOORS else next(doors, StableDiffusionPipeline)
-        return door.from_pretrained(place, **{k: v for k, v in arguments.items() if k not in ("revision", "cache_dir")})

@@ -8,7 +8,7 @@ from functools import partial
 from typing import cast
 
 from sfumato.cond import Cond
-from sfumato.diffusion.around import PAG, Limited, Rescale, Within, levels_inside, levels_of, thresholded
+from sfumato.diffusion.around import PAG, Limited, Rescale, Within, levels_inside, levels_of, skipping, thresholded
 from sfumato.diffusion.guidance import APG, CFG, CFGPP, Guidance, InstructCFG, Plain, Turns
 from sfumato.diffusion.named import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from sfumato.diffusion.path import Point
@@ -16,8 +16,9 @@ from sfumato.diffusion.samplers import get_sampler
 from sfumato.diffusion.scheduler import Scheduler
 from sfumato.diffusion.table import ZERO_SNR, TableScheduler
 from sfumato.models.autoencoder import AutoencoderConfig
-from sfumato.models.perturb import IDENTITY, SKIP, blocks, self_attentions
+from sfumato.models.perturb import IDENTITY, blocks, self_attentions
 from sfumato.models.vq import VQConfig
+from sfumato.pipelines.fields import typed
 from sfumato.pipelines.request import Request
 from sfumato.presets import Preset
 from sfumato.weights.parts import Denoiser
@@ -44,8 +45,8 @@ def surrounded(inner: Sides, request: Request, scheduler: Scheduler, preset: Pre
     if request.pag_scale:
         guidance = PAG(guidance, inner.cond, request.pag_scale, f"{IDENTITY}:{','.join(request.pag_layers)}")
     if request.slg_scale:
-        skipping = PAG(guidance, inner.cond, request.slg_scale, f"{SKIP}:{numbered(request.slg_layers)}")
-        guidance = Within(skipping, guidance, levels_inside(grid, request.slg_interval))
+        layers = numbered(request.slg_layers)
+        guidance = skipping(guidance, inner.cond, request.slg_scale, layers, request.slg_interval, grid)
     if request.guidance_rescale:
         guidance = Rescale(guidance, request.guidance_rescale, scheduler.rule)
     if request.guidance_interval is not None and not isinstance(guidance, Plain):
@@ -116,7 +117,11 @@ def check_guidance(request: Request, preset: Preset, denoiser: Denoiser, grid: S
             blocks(denoiser, numbered(request.slg_layers))
         except ValueError as error:
             raise ValueError(f"slg_layers = {numbered(request.slg_layers)}: {error}") from None
-        levels_inside(grid, request.slg_interval)
+        if levels_inside(grid, request.slg_interval) is None:
+            raise ValueError(
+                f"slg_interval = {typed(request.slg_interval)} has none of {len(grid) - 1} steps inside; "
+                "give a wider one, or more steps"
+            )
     if request.guidance_interval is not None:
         levels_of(grid, request.guidance_interval)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from sfumato.diffusion.scheduler import Scheduler
 from sfumato.models.autoencoder import AutoencoderConfig
 from sfumato.models.autoencoder import AutoencoderKL as KL
 from sfumato.models.clip import CLIPTextConfig
@@ -35,6 +37,15 @@ PASSED_OVER = frozenset(
         *("image_encoder", "watermarker", "max_noise_level"),
     }
 )
+# Parts by the names that notebooks have for them; MORE are those that most models lack.
+MAIN = ("vae", "text_encoder", "tokenizer", "scheduler")
+MORE = (
+    *("low_res_scheduler", "depth_estimator"),
+    *("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
+)
+DENOISERS = ("unet", "transformer")
+PARTS = (*MAIN, *DENOISERS, *MORE)
+T5 = ("text_encoder_3", "tokenizer_3")  # left out where one of them is given as None
 PAGE = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)(?:\?.*)?")
 
 log = logging.getLogger(__name__)
@@ -56,10 +67,17 @@ def opened(
     revision: str | None = None,
     cache: str | Path | None = None,
     local: bool = False,
+    without: Collection[str] = (),
 ) -> Components:
-    """A model by folder, file, built-in name or hub id, on the CPU; FileNotFoundError or ValueError in one line."""
+    """A model by folder, file, built-in name or hub id, on the CPU; FileNotFoundError or ValueError in one line.
+
+    without: nothing, or the parts of T5, which are left out.
+    """
     place = found(source, dtype, variant, revision, cache, local)
-    return load_folder(place, dtype, variant=variant) if place.is_dir() else load_model(place, dtype)
+    if place.is_dir():
+        return load_folder(place, dtype, variant=variant, without=without)
+    parts = load_model(place, dtype)
+    return without_t5(parts) if without else parts
 
 
 def found(
@@ -109,6 +127,35 @@ def part(
     local = bool(others.get("local_files_only"))
     place = Path(source) if Path(source).is_dir() else found(source, None, None, revision, cache, local)
     return place / subfolder if subfolder else place
+
+
+def with_parts(parts: Components, given: Mapping[str, Any]) -> Components:
+    """The parts with some of them replaced."""
+    if "scheduler" in given:
+        given = {**given, "scheduler": scheduler_of(given["scheduler"])}
+    return replace(parts, **{"denoiser" if name in DENOISERS else name: part for name, part in given.items()})
+
+
+def without_t5(parts: Components) -> Components:
+    """The parts without T5."""
+    return replace(parts, text_encoder_3=None, tokenizer_3=None)
+
+
+def absent_t5(others: Mapping[str, Any]) -> Sequence[str]:
+    """The parts of T5 where a caller says that there is none."""
+    return T5 if any(name in others and others[name] is None for name in T5) else ()
+
+
+def scheduler_of(scheduler: Any) -> Scheduler:
+    """A scheduler of this package, from itself or from another library's configuration.
+
+    Raises ValueError for something else, and for a class or an option that is not known.
+    """
+    if isinstance(scheduler, Scheduler):
+        return scheduler
+    if not isinstance(getattr(scheduler, "config", None), Mapping):
+        raise ValueError(f"{scheduler!r} is no scheduler; give one of sfumato's")
+    return Scheduler.from_config({"_class_name": type(scheduler).__name__, **scheduler.config})
 
 
 class AutoencoderKL(KL):

@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 class Switches:
     """What can be switched on a door, whose networks these are."""
 
-    unet: Any
     vae: Any
     _adapted: Adapted
     _pipe: Pipeline
@@ -37,7 +36,7 @@ class Switches:
         """Compute the heads of attention in slices: half of them at a time ("auto"), one ("max"), or so many."""
         if isinstance(slice_size, str) and slice_size not in ("auto", "max"):
             raise ValueError(f"slice_size = {slice_size!r}; give 'auto', 'max' or a number of heads")
-        for module in self.unet.modules():
+        for module in self._pipe.denoiser.modules():
             if isinstance(module, Attention):
                 auto = max(1, module.heads // 2) if slice_size == "auto" else 1
                 module.sliced = auto if isinstance(slice_size, str) else slice_size
@@ -85,7 +84,7 @@ class Switches:
 
     def enable_group_offload(self, *options: Any, **more: Any) -> None:
         """Nothing is offloaded here."""
-        log.info("enable_group_offload is passed over; the networks stay on %s", self.unet.device)
+        log.info("enable_group_offload is passed over; the networks stay on %s", self._pipe.denoiser.device)
 
     def enable_xformers_memory_efficient_attention(self, *options: Any, **more: Any) -> None:
         """Attention is PyTorch's own, which saves the same memory."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sfumato.cond import Cond
-from sfumato.diffusion.around import Limited, Rescale
+from sfumato.diffusion.around import Limited, Rescale, skipping
 from sfumato.diffusion.drive import Run
 from sfumato.diffusion.guidance import CFG, Guidance, InstructCFG, Plain
 from sfumato.diffusion.keep import Keep
@@ -136,14 +136,30 @@ class Words:
             return self.cond
         return torch.cat([self.cond, self.uncond, self.uncond] if task == "instruct" else [self.uncond, self.cond])
 
+    @property
+    def joined_pooled(self) -> Tensor | None:
+        """What else is told, likewise: (2 B, P), unconditional first."""
+        sides = [side for side in (self.uncond_pooled, self.pooled) if side is not None]
+        return torch.cat(sides) if sides else None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Skip-layer guidance: numbers of blocks such as "7,8,9", its weight, and the shares of the steps for it."""
+
+    layers: str
+    scale: float
+    shares: tuple[float, float]
+
 
 @dataclass
 class Weights:
-    """What guides: the prompt's weight, the image's for instructions, and how far deviations are restored."""
+    """What guides: the prompt's weight, the image's for instructions, how far deviations are restored, what to skip."""
 
     scale: float
     image_scale: float | None = None
     rescale: float = 0.0
+    skipped: Skipped | None = None
 
     @property
     def guides(self) -> bool:
@@ -165,7 +181,10 @@ def guided(words: Words, weights: Weights, start: Start, scheduler: Scheduler) -
         nothing = told(words.uncond, torch.zeros_like(start.concat))
         guidance = InstructCFG(told(words.cond, start.concat), image, nothing, weights.scale, weights.image_scale)
     elif words.uncond is not None:
-        guidance = CFG(told(words.cond, start.concat), told(words.uncond, start.concat), weights.scale)
+        guidance = sides = CFG(told(words.cond, start.concat), told(words.uncond, start.concat), weights.scale)
+        if weights.skipped is not None:
+            some = weights.skipped
+            guidance = skipping(sides, sides.cond, some.scale, some.layers, some.shares, start.grid)
     if weights.rescale > 0:
         guidance = Rescale(guidance, weights.rescale, get_prediction(scheduler.prediction))
     if scheduler.config.get("clip_sample") or scheduler.config.get("thresholding"):
@@ -184,7 +203,8 @@ class Watched(Protocol):
 class Watcher:
     """Tells callbacks of each step of a run, in the scheduler's own coordinates, and takes their changes over.
 
-    on_end: called (door, i, t, tensors) after each step; what it returns replaces latents and prompt_embeds.
+    on_end: called (door, i, t, tensors) after each step; what it returns replaces latents, prompt_embeds and
+            pooled_prompt_embeds.
     names:  of the tensors that it is shown.
     on_step, every: the older kind, called (i, t, latents).
     """
@@ -221,6 +241,7 @@ class Watcher:
                 "prompt_embeds": self.words.joined(self.task),
             }
             tensors["negative_prompt_embeds"] = self.words.uncond
+            tensors["pooled_prompt_embeds"] = self.words.joined_pooled
             self.take(run, self.on_end(self.door, i, t, {name: tensors[name] for name in self.names}) or {})
         if last or (i + 1 > self.warm and (i + 1) % self.scheduler.order == 0):
             self.tick()
@@ -239,7 +260,10 @@ class Watcher:
             run.x = changes["latents"].to(run.x) * self.scheduler.scale(point)
             run.result = run.x if run.result is not None else None
         scale = self.door._guidance_scale
-        if "prompt_embeds" in changes or scale != self.weights.scale:
+        if "pooled_prompt_embeds" in changes:
+            *uncond_pooled, pooled = changes["pooled_prompt_embeds"].split(len(run.x))
+            self.words = replace(self.words, pooled=pooled, uncond_pooled=next(iter(uncond_pooled), None))
+        if "prompt_embeds" in changes or "pooled_prompt_embeds" in changes or scale != self.weights.scale:
             self.weights.scale = scale
             joined = changes.get("prompt_embeds", self.words.joined(self.task))
             parts = joined.chunk(max(1, len(joined) // len(run.x)))

@@ -182,10 +182,13 @@ class Towers:
             raise ValueError(
                 "a transformer reads what its CLIP text encoders project, but one of them has no projection"
             )
-        return Cond(self._joined(context, texts), torch.cat(vectors, dim=-1))
+        return Cond(self.joined(context, texts), torch.cat(vectors, dim=-1))
 
-    def _joined(self, context: Tensor, texts: Sequence[str]) -> Tensor:
-        """CLIP's states (B, L, D) at the joint width, and T5's, or zeros for these, after them."""
+    def joined(self, context: Tensor, texts: Sequence[str], length: int = T5_LENGTH) -> Tensor:
+        """CLIP's states (B, L, D) at the joint width, and T5's, or zeros for these, after them; length: of the latter.
+
+        Raises ValueError where they are too wide for the transformer.
+        """
         assert self.joint is not None
         rest, t5 = self.joint - context.shape[-1], self.t5
         if rest < 0 or (t5 is not None and t5[1].config.d_model != self.joint):
@@ -195,8 +198,8 @@ class Towers:
             return context
         context = F.pad(context, (0, rest))
         if t5 is None:
-            return torch.cat([context, context.new_zeros(len(context), T5_LENGTH, self.joint)], dim=1)
-        tokenizer, encoder = t5
+            return torch.cat([context, context.new_zeros(len(context), length, self.joint)], dim=1)
+        tokenizer, encoder = T5Tokenizer(t5[0].backend, length), t5[1]
         with torch.no_grad():
             states = encoder(tokenizer(texts).to(encoder.device)).last_hidden_state
         return torch.cat([context, states.to(context)], dim=1)

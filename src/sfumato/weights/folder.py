@@ -80,12 +80,14 @@ def load_folder(
     device: torch.device | str = "cpu",
     prediction: str | None = None,
     variant: str | None = None,
+    without: Collection[str] = (),
 ) -> Components:
     """Read a model folder, its networks converted to `dtype` and placed on `device`, one after the other.
 
     dtype:      None leaves every tensor as it is stored.
     prediction: overrides the scheduler's prediction_type.
     variant:    the files to prefer, such as "fp16" for `model.fp16.safetensors`; see `weights_file`.
+    without:    sub-folders that are not read, of those that such models may lack.
     Raises FileNotFoundError when a part is missing, ValueError when it is of another kind or does not fit.
     """
     path = Path(path)
@@ -96,6 +98,8 @@ def load_folder(
 
     def there(name: str) -> bool:
         """Whether a part is to be read: not one that such models may lack, and this one does."""
+        if name in without and name in layout.optional:
+            return False
         return name not in layout.optional or ((path / name).is_dir() and index.get(name) not in (None, [None, None]))
 
     def network(name: str, classes: Mapping[str, type]) -> nn.Module:
