@@ -380,3 +380,21 @@ def test_a_weights_object_is_a_mapping(tmp_path: Path) -> None:
     weights: Weights = open_weights(write(tmp_path / "m", "safetensors"))
     assert all(same(tensor, STATE[name]) for name, tensor in weights.items())
     assert weights.get("gone") is None
+
+
+def test_a_file_may_be_larger_than_memory(tmp_path: Path) -> None:
+    """What is mapped takes no memory until it is read, and none is set aside."""
+    overcommit = Path("/proc/sys/vm/overcommit_memory")
+    if not overcommit.exists() or overcommit.read_text().strip() == "2":
+        pytest.skip("the system sets memory aside for everything")
+    size = 2**40
+    header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode().ljust(96)
+    with open(tmp_path / "huge.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    with open_weights(tmp_path / "huge.safetensors") as weights:
+        tensor = weights["a"]
+    assert tensor.shape == (size,) and int(tensor[size // 2]) == 0
+    tensor[-1] = 3  # in memory alone
+    with open_weights(tmp_path / "huge.safetensors") as weights:
+        assert int(weights["a"][-1]) == 0

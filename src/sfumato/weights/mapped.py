@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 PAGE_OUT = 21  # MADV_PAGEOUT of Linux 5.4, which the mmap module does not name
+NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux, which older versions of the mmap module do not name
 HEADER_LIMIT = 16 * 2**20  # bytes of JSON; a full Stable Diffusion file has 0.2 MiB, the longest adapters' about 5
 BRACKETS_LIMIT = 500_000  # each list or table of JSON takes 30 times its two characters in memory
 DIM_LIMIT = 2**40  # of one side, which matters only where another side is 0
@@ -79,7 +80,9 @@ class Mapped:
 
     def __init__(self, path: Path) -> None:
         self.size = path.stat().st_size
-        self._storage = torch.UntypedStorage.from_file(str(path), False, self.size)
+        with open(path, "rb") as file:
+            content = _private(file.fileno(), self.size)
+        self._storage = torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
 
     def tensor(self, place: Place) -> Tensor:
         """A view of the file; a copy where the bytes do not lie on a multiple of the element's size."""
@@ -88,6 +91,14 @@ class Mapped:
             return torch.empty(info.shape, dtype=info.dtype)
         raw = torch.empty(0, dtype=torch.uint8).set_(self._storage[place.begin : place.end])
         return (raw if place.aligned else raw.clone()).view(info.dtype).view(info.shape)
+
+
+def _private(descriptor: int, size: int) -> mmap.mmap:
+    """The mapping of a file; Linux sets no memory aside for it, so that it may be larger than what there is."""
+    if sys.platform == "linux":
+        flags, allowed = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(descriptor, size, flags=flags, prot=allowed)
+    return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
 
 
 def release(tensor: Tensor) -> None:

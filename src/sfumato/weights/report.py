@@ -127,12 +127,13 @@ def file_report(weights: Weights) -> Report:
             missing += sorted(theirs - set(names))
             unknown += [name for name in names if name not in theirs and not table.is_extra(name)]
     wanted = [DENOISER, VAE, TEXT] if found.preset is None else needed(found.preset)
+    alone = DENOISER not in there and VAE not in there  # several models have such text encoders
     return Report(
         weights.path,
         kind_of_parts(there),
         layout,
         size,
-        found.preset,
+        None if alone else found.preset,
         found.evidence,
         found.ema,
         tuple(rows),
