@@ -12,7 +12,10 @@ import torch
 import sfumato
 from sfumato.pipelines import doors_xl
 from sfumato.pipelines.doors import StableDiffusionPipeline
+from sfumato.weights.folder import load_folder
+from sfumato.weights.model import save_model
 
+from ..weights.adapters_made import kohya, written
 from .conftest import Folders, Peer
 from .test_tasks_parity import NEGATIVE, PROMPT, drawn, masked, seeded
 from .test_xl import BASE, INPAINT, REFINER, SCORES, SIZES, STEPS
@@ -119,3 +122,26 @@ def test_what_a_door_saves_opens_again(folders: Folders, tmp_path: Path) -> None
         for file in (p for p in folders[family].rglob("*") if p.is_file()):
             again = tmp_path / family / file.relative_to(folders[family])
             assert file.read_bytes() == again.read_bytes(), file
+
+
+def test_an_adapter_on_both_text_encoders(folders: Folders, tmp_path: Path) -> None:
+    """The same file in kohya's spelling, from a folder and from the model in one file."""
+    import diffusers
+
+    ours, theirs = door(BASE, folders[BASE]), diffusers.StableDiffusionXLPipeline.from_pretrained(folders[BASE])
+    theirs.set_progress_bar_config(disable=True)
+    one, two = ours.text_encoder, ours.text_encoder_2
+    ends = ("q_proj", "out_proj", "fc1")
+    tensors = kohya("lora_unet_", ours.unet, "to_q", "ff.net.2") | kohya("lora_te1_", one, *ends)
+    path = written(tmp_path / "ink.safetensors", tensors | kohya("lora_te2_", two, *ends))
+    both = {**TEXTS, **SIZE, "output_type": "np"}
+    bare = ours(**both, generator=seeded())
+    save_model(load_folder(folders[BASE]), tmp_path / "one.safetensors")
+    single = doors_xl.StableDiffusionXLPipeline.from_single_file(tmp_path / "one.safetensors")
+    theirs.load_lora_weights(str(path))
+    expected = theirs(**both, generator=seeded())
+    for label, pipe in (("folder", ours), ("file", single)):
+        pipe.load_lora_weights(path)
+        made = pipe(**both, generator=seeded())
+        assert float(np.abs(made.images - bare.images).max()) > 0.01
+        compare(label, made, expected)
