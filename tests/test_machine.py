@@ -8,7 +8,7 @@ import torch
 
 from sfumato.cli import main
 from sfumato.machine import examine
-from sfumato.runtime import choices, choose, cpu_has_bfloat16, isa_limited, threads
+from sfumato.runtime import choices, choose, cpu_has_bfloat16, isa_limited, threads, use_threads
 
 CPUINFO = """processor\t: {0}
 model name\t: A Processor
@@ -86,3 +86,15 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("SFUMATO_ALLOCATOR", "fast")
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_threads_asked_for_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    use_threads(3)
+    use_threads()
+    use_threads(64)
+    assert told[0] == 3 and told[1] < 64 and len(told) == 2

@@ -110,9 +110,9 @@ def threads(machine: Machine) -> Choice:
     return Choice("threads", str(now), f"PyTorch's own choice for {machine.cores} cores")
 
 
-def use_threads() -> None:
-    """Set PyTorch's threads for a process that is our own, as `threads` says."""
-    count = int(threads(examine()).value)
+def use_threads(asked: int | None = None) -> None:
+    """Set PyTorch's threads for a process that is our own: those asked for, else as `threads` says."""
+    count = asked or int(threads(examine()).value)
     if count != torch.get_num_threads():
         torch.set_num_threads(count)
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import sfumato
+from sfumato.allocator import KEEPER, policy
 from sfumato.models.layers import Attention
 from sfumato.pipelines.pipeline import Pipeline
 from sfumato.weights.folder import Components, save_folder
@@ -452,3 +453,16 @@ def test_a_part_that_may_not_be_fetched_is_not(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(socket.socket, "connect", connect)
     with pytest.raises(FileNotFoundError, match="leave out local_files_only to fetch it"):
         getattr(sfumato, name).from_pretrained("nobody/nothing", subfolder="vae", local_files_only=True)
+
+
+def test_a_call_prepares_networks_and_keeps_buffers(pipe: Any) -> None:
+    found: list[tuple[bool, int]] = []
+
+    def step(door: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        attention = next(m for m in door.unet.modules() if type(m) is Attention)
+        found.append(("forward" in attention.__dict__, KEEPER._inside))
+        return {}
+
+    before = KEEPER._inside
+    pipe(**{**CALL, "num_inference_steps": 1}, callback_on_step_end=step)
+    assert found == [(True, before + (policy()[0] == "keep"))] and KEEPER._inside == before

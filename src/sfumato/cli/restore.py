@@ -44,6 +44,7 @@ def restore(
     """Restore a picture: noise, missing pixels, blur, low resolution."""
     from sfumato.cli.places import Places
     from sfumato.recipes.restored import Restored
+    from sfumato.runtime import use_threads
 
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} exists and is not overwritten; name another file with -o")
@@ -61,6 +62,7 @@ def restore(
         steps,
         seed,
     )
+    use_threads()
     print(made(asked, places)[0], flush=True)
 
 
@@ -106,12 +108,10 @@ def restored_again(
     """
     from sfumato.cli.places import Places
     from sfumato.recipes.restored import Restored
+    from sfumato.runtime import use_threads
 
     asked = Restored.of(recipe).found(picture.parent)
     if model is not None:
         asked = replace(asked, model=model)
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    use_threads(threads)
     return made(asked, Places(out, 1, suffix=picture.suffix.lower()), quiet)

@@ -178,11 +178,9 @@ def opened(
 ) -> Pipeline:
     """The request's model, ready to run; ValueError where memory does not suffice for the picture."""
     from sfumato.pipelines.pipeline import load
+    from sfumato.runtime import use_threads
 
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    use_threads(threads)
     parts = request.vae, request.base, request.prediction
     return load(request.model, precision, device, batch, *parts, memory=memory, request=request)
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from sfumato.allocator import kept
 from sfumato.cond import Cond
 from sfumato.diffusion.degrade import DEGRADATIONS, Blur, Degradation, LowRes, Missing, Noise
 from sfumato.diffusion.drive import Run, drive
@@ -38,6 +39,7 @@ from sfumato.models.clip import CLIPTextModel
 from sfumato.models.pixels import Fold, Hinted
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.pipelines.inputs import open_picture
+from sfumato.prepare import prepare
 from sfumato.text.encode import encode_prompts
 from sfumato.text.tokenizer import ClipTokenizer
 from sfumato.weights.parts import HasComponents
@@ -125,6 +127,7 @@ def load_pixel_model(path: Path = WEIGHTS) -> PixelModel:
     config = UNetConfig.from_dict(about["unet"])
     unet = load_module(lambda: UNet(config), path, torch.float32)
     unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    prepare(unet)
     path_of_noise = VPPath(betas(about["schedule"], 1000))
     return PixelModel(unet, Fold(about["factor"]), Scheduler(path_of_noise, "ddim", "sample", "trailing"))
 
@@ -177,7 +180,8 @@ def restore(
     if known is not None:
         seen = seen * known
     if pipe is None:
-        x = load_pixel_model()(seen, damage, seed, steps)
+        with kept():
+            x = load_pixel_model()(seen, damage, seed, steps)
     else:
         x = restore_latent(pipe, seen, damage, prompt, guidance_scale, steps or LATENT_STEPS, seed)
     grown = (scale or 2) if name == "lowres" else 1
