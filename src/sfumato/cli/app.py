@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from sfumato import __version__
-from sfumato.cli import convert, data, doctor, evaluate, info, legacy, models, replay, restore, train
+from sfumato.cli import bench, convert, data, doctor, evaluate, info, legacy, models, replay, restore, train
 from sfumato.cli.watch import Interrupted
 
 PICTURE = "txt2img"
@@ -38,6 +38,7 @@ COMMANDS = (
     "samplers",
     "spacings",
     "doctor",
+    "bench",
     "data",
     "train",
     "eval",
@@ -123,6 +124,7 @@ def make_app(full: str | None = PICTURE) -> typer.Typer:
     app.command("samplers")(info.samplers)
     app.command("spacings")(info.spacings)
     app.command("doctor")(doctor.doctor)
+    app.command("bench")(bench.bench)
     app.add_typer(data.app, name="data")
     app.command("train")(train.train)
     app.add_typer(evaluate.app, name="eval")
