@@ -12,6 +12,7 @@ stay (`prepare`). H W picture height and width, h w latent height and width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,10 @@ import torch
 from torch import nn
 
 from sfumato.models.autoencoder import Coder
+from sfumato.models.unet import UNet
 from sfumato.pipelines.check import size
 from sfumato.pipelines.request import Request
+from sfumato.prepare import VARIABLE
 from sfumato.runtime import Runtime
 from sfumato.weights.model import load_model, locate
 from sfumato.weights.parts import Components, HasComponents, preset_of
@@ -40,6 +43,7 @@ TILE = 512  # pixels
 CODER_MAPS = 4.0  # of a picture of the autoencoder's second width at full height and width
 UNET_MAPS = 16.0  # of a row's latent picture of the U-Net's first width
 TOKEN_MAPS = 24.0  # of a row's tokens, text and picture, of the transformer's width
+PREPARED = 0.75  # of the U-Net's weights: copies of some in quicker forms (`prepare`), and buffers that are kept
 TEXT_TOKENS = 77 + 256
 REST = 100 * 2**20  # what an open model takes besides: modules, vocabulary, small tensors
 GIB = 2**30
@@ -132,22 +136,38 @@ def check_memory(memory: str | None) -> None:
         raise ValueError(f"unknown memory {memory!r}; known: {', '.join(MEMORY)}")
 
 
-def estimate(parts: HasComponents, request: Request, memory: Memory, dtype: torch.dtype, batch: int = 1) -> int:
+def estimate(
+    parts: HasComponents,
+    request: Request,
+    memory: Memory,
+    dtype: torch.dtype,
+    batch: int = 1,
+    prepared: bool | None = None,
+) -> int:
     """Bytes that making the pictures of a request adds to a process at its peak, without PyTorch itself.
 
-    parts:   their shapes count, so they may be on `meta` or in their files; dtype: what is computed in.
-    request: complete or not; batch: most pictures advanced together.
+    parts:    their shapes count, so they may be on `meta` or in their files; dtype: what is computed in.
+    request:  complete or not; batch: most pictures advanced together.
+    prepared: whether weights that stay are prepared for a CPU; None: unless the environment says otherwise.
     """
     bytes_each = dtype.itemsize
     stages = {stage: [load(network, bytes_each) for network in some] for stage, some in networks(parts).items()}
     work = workings(parts, complete(parts, request), memory, bytes_each, batch)
     if memory == "fast":
-        return REST + sum(one.weights for some in stages.values() for one in some) + max(work.values())
+        prepared = os.environ.get(VARIABLE) != "off" if prepared is None else prepared
+        more = PREPARED * sum(one.weights for one in stages["denoiser"]) if prepared and is_unet(parts) else 0
+        weights = sum(one.weights for some in stages.values() for one in some)
+        return REST + weights + round(more) + max(work.values())
     peaks = []
     for stage, some in stages.items():
         kept = max(one.largest for one in some) if memory == "low" else sum(one.weights for one in some)
         peaks.append(kept + work.get(stage, 0))
     return REST + max(peaks)
+
+
+def is_unet(parts: HasComponents) -> bool:
+    """Whether the denoiser is a U-Net, not a transformer."""
+    return isinstance(parts.denoiser, UNet)
 
 
 def load(network: nn.Module, bytes_each: int) -> Load:
@@ -171,7 +191,7 @@ def workings(parts: HasComponents, request: Request, memory: Memory, bytes_each:
     guided = request.guidance_scale not in (None, 1) or request.cfg_pp is not None
     rows = (3 if request.image_guidance_scale is not None else 2 if guided else 1) * min(batch, request.num_images)
     config: Any = networks(parts)["denoiser"][0].config
-    if hasattr(config, "block_out_channels"):
+    if is_unet(parts):
         denoiser = UNET_MAPS * rows * area * config.block_out_channels[0] * bytes_each
     else:
         tokens = area / config.patch_size**2 + TEXT_TOKENS
@@ -198,7 +218,8 @@ def chosen(
     wanted, factor = complete(parts, request), parts.vae.config.factor
     if batch is None:
         batch = runtime.together(*(cast(int, side) // factor for side in (wanted.height, wanted.width)))
-    needs = {memory: estimate(parts, request, memory, runtime.dtype, batch) for memory in MEMORY}
+    prepared = None if runtime.device.type == "cpu" else False
+    needs = {memory: estimate(parts, request, memory, runtime.dtype, batch, prepared) for memory in MEMORY}
     fitting = [memory for memory in MEMORY if needs[memory] <= free]
     if asked in fitting:
         return asked
