@@ -22,7 +22,11 @@ MAX_TOLD = 16_384  # pixels of a picture as a model is told of it
 MAX_NOISE_LEVEL = 350  # the upscaler saw no more in training
 MAX_WORDS, MAX_LETTERS = 1500, 20_000  # of a prompt: twenty chunks of 75 tokens
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"masked_content": ("original", "fill", "noise", "nothing"), "hires_upscaler": ("latent", "lanczos")}
+    {
+        "masked_content": ("original", "fill", "noise", "nothing"),
+        "hires_upscaler": ("latent", "lanczos"),
+        "t5": ("off", "cpu", "keep"),
+    }
 )
 MEMORY = "<picture in memory, "  # how the recipe's stand-in for a picture without a file begins
 

@@ -13,7 +13,7 @@ stay (`prepare`). H W picture height and width, h w latent height and width.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -83,32 +83,38 @@ def opened(
 ) -> tuple[Components, Memory]:
     """A model and how its weights are to be kept; for ways other than "fast" they are as they are stored, on the CPU.
 
+    The request's `t5` decides about T5.
+
     memory: the way, or None for the fastest that fits; request: what it is opened for, or None for a picture of the
     model's own size. Raises what `load_model` and `chosen` raise, before any weights are read.
     """
     check_memory(memory)
     asked = cast("Memory | None", memory)
+    t5 = None if request is None else request.t5
     place = locate(source, runtime.dtype)
     others = [Path(other) for other in (vae, *sources(base)) if other is not None]
     kept: Memory = "fast"
     if asked not in (None, "fast") or not roomy([place, *others], runtime):
-        parts = load_model(place, None, "cpu", vae=vae, base=base, prediction=prediction, packed=True)
+        parts = load_model(place, None, "cpu", vae=vae, base=base, prediction=prediction, packed=True, t5=t5)
         kept = chosen(parts, request or Request(), runtime, asked, batch)
         if kept != "fast":
             return parts, kept
         del parts
-    return load_model(place, runtime.dtype, runtime.device, vae=vae, base=base, prediction=prediction), kept
+    parts = load_model(place, runtime.dtype, runtime.device, vae=vae, base=base, prediction=prediction, t5=t5)
+    return parts, kept
 
 
-def resident(parts: HasComponents, runtime: Runtime, memory: Memory, smallest: int = SMALL) -> Residence | None:
-    """Have the weights of some parts come and go; None for "fast".
+def resident(
+    parts: HasComponents, runtime: Runtime, memory: Memory, smallest: int = SMALL, apart: Collection[str] = ()
+) -> Residence | None:
+    """Have the weights of some parts come and go; None for "fast". apart: stages that are left alone.
 
     Raises ValueError for a word that is no way of keeping them, and where they come and go already.
     """
     check_memory(memory)
     if memory == "fast":
         return None
-    stages = networks(parts)
+    stages = {stage: some for stage, some in networks(parts).items() if stage not in apart}
     laid_out = [*stages["denoiser"], *stages["vae"]] if runtime.channels_last else []
     dtypes = wider(parts, runtime.dtype)
     residence = Residence(stages, runtime.device, runtime.dtype, memory == "low", laid_out, smallest, dtypes)
@@ -153,16 +159,18 @@ def estimate(
     bytes_each = dtype.itemsize
     stages = {stage: [load(network, bytes_each) for network in some] for stage, some in networks(parts).items()}
     work = workings(parts, complete(parts, request), memory, bytes_each, batch)
+    apart = stages.pop(TEXTS[2], []) if request.t5 in ("cpu", "keep") else []
+    rest = REST + sum(one.weights if request.t5 == "keep" else one.largest for one in apart)
     if memory == "fast":
         prepared = os.environ.get(VARIABLE) != "off" if prepared is None else prepared
         more = PREPARED * sum(one.weights for one in stages["denoiser"]) if prepared and is_unet(parts) else 0
         weights = sum(one.weights for some in stages.values() for one in some)
-        return REST + weights + round(more) + max(work.values())
+        return rest + weights + round(more) + max(work.values())
     peaks = []
     for stage, some in stages.items():
         kept = max(one.largest for one in some) if memory == "low" else sum(one.weights for one in some)
         peaks.append(kept + work.get(stage, 0))
-    return REST + max(peaks)
+    return rest + max(peaks)
 
 
 def is_unet(parts: HasComponents) -> bool:

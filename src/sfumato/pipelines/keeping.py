@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
@@ -14,16 +14,19 @@ from sfumato.allocator import kept
 from sfumato.pipelines.fit import Memory, check_memory, closed, networks, resident
 from sfumato.prepare import prepare
 from sfumato.weights.safe import lay_out
+from sfumato.weights.streaming import Residence
 
 if TYPE_CHECKING:
     from sfumato.pipelines.pipeline import Pipeline
-    from sfumato.weights.streaming import Residence
+
+T5 = "text_encoder_3"
 
 
 class Keeping:
     """What a pipeline can be told about its memory."""
 
     _residence: Residence | None = None
+    _t5: Residence | None = None  # T5's own, where it goes other ways than the rest
     _plain: Mapping[int, Callable[[], None]] = MappingProxyType({})  # what undoes the preparation of a network
 
     @property
@@ -52,9 +55,36 @@ class Keeping:
         for undo in self._plain.values():
             undo()
         self._plain = MappingProxyType({})
-        self._residence = resident(self, self.runtime, cast(Memory, memory))
+        apart = (T5,) if self._t5 is not None or self.source["t5"] == "keep" else ()
+        self._residence = resident(self, self.runtime, cast(Memory, memory), apart=apart)
         if self._residence is None:
             self.to()
+
+    def keep_t5(self: Pipeline, how: str | None, memory: str) -> None:  # type: ignore[misc]
+        """Have T5's weights come and go apart from the rest, before `set_memory`; None changes nothing.
+
+        off:  there are none, see `load_model`.
+        cpu:  those of a layer are ready, on the CPU and in float32, while it is called.
+        keep: they are ready from their first use on, whatever `memory` is for the others.
+        Raises ValueError for a model that does not read T5, or came without it where it is wanted.
+        """
+        towers, encoder = self.towers, self.text_encoder_3
+        if how is None:
+            return
+        if encoder is None and not towers.lacks_t5:
+            raise ValueError(f"t5 = {how} is for models that read T5, and {self.preset.title} reads none; leave it out")
+        if how != "off" and encoder is None:
+            raise ValueError(f"t5 = {how}, but this model came without T5 (text_encoder_3); name it with base")
+        if encoder is not None and (how == "cpu" or memory != "fast"):
+            here = self.runtime.device, self.runtime.dtype
+            form = (torch.device("cpu"), torch.float32) if how == "cpu" else here
+            self._t5 = Residence({T5: [encoder]}, *form, stream=how == "cpu")
+        self.source["t5"] = how
+
+    def texts_are_read(self) -> None:
+        """No text will be read for a while: what T5 needed for the last one goes."""
+        if self._t5 is not None and self._t5.stream:
+            self._t5.leave()
 
     def lay_out(self: Pipeline) -> None:  # type: ignore[misc]
         """Bring networks into the runtime's form; not before the first use, so that opening a model copies nothing.
@@ -86,7 +116,7 @@ class Keeping:
 
     def share_memory(self, other: Keeping) -> None:
         """Keep weights as another pipeline does whose networks these are."""
-        self._residence = other._residence
+        self._residence, self._t5 = other._residence, other._t5
 
     def leave(self) -> None:
         """Let go of the weights that are kept for the stage that was at work last."""
@@ -96,8 +126,8 @@ class Keeping:
     @contextmanager
     def _as_stored(self) -> Iterator[None]:
         """All weights as their file has them meanwhile, to be written to another."""
-        if self._residence is None:
-            yield
-            return
-        with self._residence.stored():
+        with ExitStack() as stack:
+            for residence in (self._residence, self._t5):
+                if residence is not None:
+                    stack.enter_context(residence.stored())
             yield

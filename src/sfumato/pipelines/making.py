@@ -76,6 +76,7 @@ def latents(
             with tiles(pipe.vae, tile is not None):
                 rows = None if noise is None else noise[first : first + len(some)].split(1)
                 jobs = [begun(pipe, first + i, r, None if rows is None else rows[i]) for i, r in enumerate(some)]
+                pipe.texts_are_read()
                 advance(jobs, net, callback)
                 follow = enlarged_job if some[0].refiner is None else refined_job
                 again = {job.image: follow(pipe, job) for job in jobs if job.more and job.run.result is not None}

@@ -76,8 +76,7 @@ def opened(
     place = found(source, dtype, variant, revision, cache, local)
     if place.is_dir():
         return load_folder(place, dtype, variant=variant, without=without)
-    parts = load_model(place, dtype)
-    return without_t5(parts) if without else parts
+    return load_model(place, dtype, t5="off" if without else None)
 
 
 def found(

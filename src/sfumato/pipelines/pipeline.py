@@ -87,7 +87,7 @@ class Pipeline(Keeping):
         self._scheduler = parts.scheduler
         self.runtime = runtime or as_it_is(torch.empty(0, device=self.denoiser.device, dtype=self.denoiser.dtype))
         # What requests say of the model, so that a recipe can open it again.
-        self.source: dict[str, str | None] = {"model": model, "vae": None, "base": None, "prediction": None}
+        self.source: dict[str, str | None] = {"model": model, "vae": None, "base": None, "prediction": None, "t5": None}
         self.embeddings: tuple[str, ...] = ()
         self.batch = batch
         self.preset: Preset = preset_of(parts)
@@ -109,20 +109,27 @@ class Pipeline(Keeping):
         prediction: str | None = None,
         memory: str | None = None,
         request: Request | None = None,
+        t5: str | None = None,
     ) -> Pipeline:
         """Open a model on the best device in the best precision: a built-in name, file, folder or hub id.
 
         vae, base, prediction: another autoencoder, a model that supplies missing parts, what the network predicts.
         memory:  how weights are kept, see `set_memory`; None takes the fastest way that fits.
         request: what it is opened for, which decides what fits; None: a picture of the model's own size.
+        t5:      what becomes of T5, see `keep_t5`; None as the request says, or as the rest.
         Raises FileNotFoundError or ValueError when there is no complete model, see `load_model`, and ValueError where
         memory does not suffice.
         """
         runtime = choose(device, precision)
+        if t5 is not None:
+            request = (request or Request()).model_copy(update={"t5": parse(t5=t5).t5})
         parts, kept = opened(source, runtime, memory, request, batch, vae=vae, base=base, prediction=prediction)
-        pipe = cls(parts, runtime if kept == "fast" else None, str(source), batch)
+        pipe = cls(parts, None, str(source), batch)
         pipe.runtime = runtime
+        pipe.keep_t5(None if request is None else request.t5, kept)
         pipe.set_memory(kept)
+        if kept == "fast":
+            pipe.to()
         names = {"vae": vae, "base": base, "prediction": prediction}
         pipe.source.update({name: str(value) for name, value in names.items() if value is not None})
         return pipe
@@ -241,12 +248,14 @@ class Pipeline(Keeping):
         now = self.runtime
         self.runtime = replace(now, device=torch.device(device or now.device), dtype=dtype or now.dtype)
         device, dtype = self.runtime.device, self.runtime.dtype
+        if self._t5 is not None and not self._t5.stream:
+            self._t5.to(device, dtype)
         if self._residence is not None:
             self._residence.to(device, dtype, wider(self, dtype))
             return self
         self.vae.to(device=device, dtype=wider(self, dtype).get(self.vae, dtype))
         for part in (self.denoiser, *self.towers.present, self.depth_estimator):
-            if part is not None:
+            if part is not None and not (part is self.text_encoder_3 and self._t5 is not None):
                 part.to(device=device, dtype=dtype)
         return self
 
@@ -456,11 +465,12 @@ def load(
     prediction: str | None = None,
     memory: str | None = None,
     request: Request | None = None,
+    t5: str | None = None,
 ) -> Pipeline:
     """Open a model: the built-in one, a file, a folder, or a hub id.
 
     precision: float32, bfloat16 or float16; device: cpu, cuda...; None chooses for this machine.
     batch:     most pictures advanced together, see `Pipeline`.
-    vae, base, prediction, memory, request: see `Pipeline.from_pretrained`.
+    vae, base, prediction, memory, request, t5: see `Pipeline.from_pretrained`.
     """
-    return Pipeline.from_pretrained(model, precision, device, batch, vae, base, prediction, memory, request)
+    return Pipeline.from_pretrained(model, precision, device, batch, vae, base, prediction, memory, request, t5)

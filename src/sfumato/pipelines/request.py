@@ -301,6 +301,13 @@ class Request(BaseModel):
         Field(min_length=1, description="Where to take what the file lacks: a model, or files parted by commas."),
         Flag(value="MODEL"),
     ] = None
+    t5: Annotated[
+        str | None,
+        Field(
+            description="T5 of Stable Diffusion 3: off (not read, zeros instead), cpu (there layer by layer while it "
+            "reads), keep (there all the time) (default: as --memory has it)."
+        ),
+    ] = None
     prediction: Annotated[
         str | None, Field(description="What the network predicts, eps or v (default: what the model's files say).")
     ] = None
@@ -370,7 +377,7 @@ class Request(BaseModel):
             )
         return sides
 
-    @field_validator("masked_content", "hires_upscaler")
+    @field_validator("masked_content", "hires_upscaler", "t5")
     @classmethod
     def _known_choice(cls, name: str | None, info: ValidationInfo) -> str | None:
         known = CHOICES[str(info.field_name)]

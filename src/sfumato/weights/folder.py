@@ -81,6 +81,7 @@ def load_folder(
     prediction: str | None = None,
     variant: str | None = None,
     without: Collection[str] = (),
+    stored: Collection[str] = (),
 ) -> Components:
     """Read a model folder, its networks converted to `dtype` and placed on `device`, one after the other.
 
@@ -88,6 +89,7 @@ def load_folder(
     prediction: overrides the scheduler's prediction_type.
     variant:    the files to prefer, such as "fp16" for `model.fp16.safetensors`; see `weights_file`.
     without:    sub-folders that are not read, of those that such models may lack.
+    stored:     those whose tensors are left as they are stored, on the CPU.
     Raises FileNotFoundError when a part is missing, ValueError when it is of another kind or does not fit.
     """
     path = Path(path)
@@ -104,7 +106,8 @@ def load_folder(
 
     def network(name: str, classes: Mapping[str, type]) -> nn.Module:
         default = layout.defaults if name == layout.vae else {}
-        return _network(path / name, class_of(path, index, name, classes), classes, dtype, device, variant, default)
+        form = (None, "cpu") if name in stored else (dtype, device)
+        return _network(path / name, class_of(path, index, name, classes), classes, *form, variant, default)
 
     def tokenizer(name: str) -> Tokenizer:
         return TOKENIZERS[class_of(path, index, name, TOKENIZERS)].from_folder(path / name)

@@ -19,6 +19,7 @@ from sfumato.weights.single import Single, load_single, read_part, save_single
 from sfumato.weights.source import open_weights
 from sfumato.weights.supply import Sources, Supply, completed
 
+T5_FOLDERS = ("text_encoder_3", "tokenizer_3")
 UNWRITTEN = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx")
 
 
@@ -32,6 +33,7 @@ def load_model(
     prediction: str | None = None,
     ema: bool | None = None,
     packed: bool = False,
+    t5: str | None = None,
 ) -> Components:
     """Open a model, its networks in `dtype` on `device`.
 
@@ -45,18 +47,21 @@ def load_model(
     prediction: overrides what the source says, see `sfumato.diffusion.prediction`.
     ema:        take the averaged U-Net where a file has both kinds; None does as the model was published.
     packed:     leave in a file what it has in fewer bits than a tensor can, see `safe.fill`; for dtype = None.
+    t5:         "off" leaves out T5 where the model may lack it; "cpu" leaves a folder's as it is stored, on the CPU.
     Raises FileNotFoundError or ValueError in one line.
     """
     path = locate(source, dtype)
     if path.is_dir():
         if ema:
             raise ValueError(f"{path} is a folder, which holds one kind of weights; leave out the wish for averages")
-        loaded = load_folder(path, dtype, device, prediction)
+        without, stored = (T5_FOLDERS if t5 == how else () for how in ("off", "cpu"))
+        loaded = load_folder(path, dtype, device, prediction, without=without, stored=stored)
         return loaded if vae is None else replace(loaded, vae=load_vae(vae, dtype, device, loaded.vae.config))
-    wanted = [p for p in PARTS if vae is None or p != VAE]
+    wanted = [p for p in PARTS if not (p == VAE and vae is not None) and not (p == TEXT_3 and t5 == "off")]
     single = load_single(path, dtype, device, prediction, ema, wanted, packed=packed)
     own = None if vae is None else load_vae(vae, dtype, device, single.preset.vae)
-    return complete(single, own, base, dtype, device, packed)
+    whole = complete(single, own, base, dtype, device, packed)
+    return whole if t5 != "off" else replace(whole, text_encoder_3=None, tokenizer_3=None)
 
 
 def save_model(parts: HasComponents, path: Path | str, dtype: torch.dtype | None = None) -> None:
