@@ -60,26 +60,29 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def random_weights(module: nn.Module, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Values for all parameters of a module, which may be on `meta`.
+def scaled(name: str, shape: torch.Size) -> tuple[float, float]:
+    """Deviation and mean of a parameter's random values.
 
     Matrices and filters keep the variance of what they are applied to; norms and biases are random, too.
     """
+    shrunk = 0.35 if name.startswith("decoder.conv_out") else 1.0  # or most pixels would be clipped
+    if len(shape) == 1:
+        return 0.05 * shrunk, shrunk * name.endswith("weight")  # 1 is a norm's
+    if name.startswith(("class_embedding", "quantize")):
+        return 0.5, 0.0
+    if name.startswith("shared."):
+        return 1.0, 0.0
+    t5 = 1 / 8 if name.endswith("SelfAttention.q.weight") else 1.0  # it does not scale its scores
+    return shape[1:].numel() ** -0.5 * shrunk * t5, 0.0
+
+
+def random_weights(module: nn.Module, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Values for all parameters of a module, which may be on `meta`; see `scaled`."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, p in module.named_parameters():
-        values = torch.randn(p.shape, generator=generator)
-        if p.ndim == 1:
-            values.mul_(0.05)
-            if name.endswith("weight"):
-                values += 1  # of a norm
-        elif name.startswith(("class_embedding", "quantize")):
-            values.mul_(0.5)
-        else:
-            values.mul_(p[0].numel() ** -0.5)
-        if name.startswith("decoder.conv_out"):
-            values.mul_(0.35)  # or most pixels would be clipped
-        tensors[name] = values.to(dtype)
+        spread, mean = scaled(name, p.shape)
+        tensors[name] = torch.randn(p.shape, generator=generator).mul_(spread).add_(mean).to(dtype)
     return tensors
 
 

@@ -6,6 +6,7 @@
 For each family a model is written by diffusers and read back through every layout, which has to give the same tensors
 bit for bit. Then the networks are compared one by one, and a whole picture. Writes benchmarks/results/parity.json and
 parity.md after each family; exits with 1 if a bound was missed. A family needs about 25 GB of disk and 12 of memory.
+Of Stable Diffusion XL and 3 single networks are compared, in float32 and in bfloat16, within 2 GB of memory (large.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from full_size import BY_NAME, Peer, has_pipeline, machine, make, open_peer, quiet
+from large import DEFAULT, LARGE, compare_large, relative
 from layouts import single_file_in_peer, tensors_through_layouts
 from PIL import Image
 from torch import Tensor
@@ -33,12 +35,13 @@ import sfumato
 from sfumato.cond import Cond
 from sfumato.pipelines.pipeline import Pipeline
 from sfumato.presets import Preset
-from sfumato.text.encode import condition
+from sfumato.presets.classic import CLASSIC
 from sfumato.weights.safe import lay_out
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT, NEGATIVE = "a photograph of an astronaut riding a horse on mars", "blurry, two green frogs"
 SEED = 40
+WHOLE = tuple(preset.name for preset in CLASSIC if preset.name in BY_NAME)
 COMPONENT, LEVELS, DECIBEL, CHANGE = 1e-4, 2.0, 30.0, 20.0  # the bounds
 AT_LEAST = ("dB", "levels changed")  # measures that may not be below their bound
 
@@ -78,14 +81,6 @@ class Report:
             f"{self.family:18} {check:34} {value:.3g} {measure} (bound {bound:g}) {note} {row.seconds} s{verdict}",
             flush=True,
         )
-
-
-def relative(ours: Tensor, theirs: Tensor) -> tuple[float, str]:
-    """The largest absolute difference by the range of theirs."""
-    if ours.shape != theirs.shape:
-        raise ValueError(f"shapes differ: {tuple(ours.shape)} and {tuple(theirs.shape)}")
-    spread = float(theirs.max() - theirs.min())
-    return float((ours.float() - theirs).abs().max()) / spread, f"range {spread:.3g}"
 
 
 def levels(ours: Tensor, theirs: Tensor) -> tuple[float, str]:
@@ -172,7 +167,7 @@ def compare_networks(report: Report, pipe: Pipeline, peer: Peer, side: int) -> N
     cond = Cond()
     if preset.text is not None:
         word = PROMPT if pipe.tokenizer is not None else "207"
-        cond = condition(pipe.tokenizer, pipe.text_encoder, word)
+        cond = pipe.towers.condition(word)
     if peer.text_encoder is not None:
         report.add("text embeddings", "of range", COMPONENT, lambda: compare_texts(pipe, peer))
     x = torch.randn(1, preset.unet.in_channels, side, side, generator=draw)
@@ -210,7 +205,7 @@ def compare_texts(pipe: Pipeline, peer: Peer) -> tuple[float, str]:
     """The states of a prompt and of the empty one; the peers' own tokeniser where there is one."""
     found = []
     for text in (PROMPT, ""):
-        ours = condition(pipe.tokenizer, pipe.text_encoder, text).context
+        ours = pipe.towers.condition(text).context
         assert ours is not None and pipe.tokenizer is not None
         ids = pipe.tokenizer([text])
         if peer.tokenizer is not None:
@@ -264,8 +259,20 @@ def family(preset: Preset, asked: argparse.Namespace, folder: Path) -> list[Row]
     return report.rows
 
 
-def markdown(found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    """One table of all families."""
+def whole(preset: Preset, asked: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    """A family in a temporary folder, and the settings."""
+    with tempfile.TemporaryDirectory(dir=asked.work, prefix="sfumato-parity-") as folder:
+        return family(preset, asked, Path(folder)), {"size": asked.size, "steps": asked.steps, **machine()}
+
+
+def networks_only(name: str) -> tuple[list[Row], dict[str, Any]]:
+    """The networks of a large model, and the settings."""
+    report = Report(name)
+    return report.rows, compare_large(report.add, name)
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """One table of all families, and under it the settings of those that share them."""
     lines = ["| model | check | measured | bound | |", "|---|---|---:|---:|---|"]
     for name, entry in found.items():
         for raw in entry["rows"]:
@@ -273,20 +280,25 @@ def markdown(found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
             unit = "" if row.measure == "of range" else f" {row.measure}"
             note = row.note if row.holds else f"{row.note} **missed**"
             lines.append(f"| {name} | {row.check} | {row.value:.3g}{unit} | {row.bound:g} | {note} |")
-    return "\n".join([*lines, "", ", ".join(f"{key} {value}" for key, value in about.items()), ""])
+    groups: dict[str, list[str]] = {}
+    for name, entry in found.items():
+        groups.setdefault(", ".join(f"{key} {value}" for key, value in entry["settings"].items()), []).append(name)
+    for settings, names in groups.items():
+        lines += ["", f"{', '.join(names)}: {settings}"]
+    return "\n".join([*lines, ""])
 
 
-def selected(names: Sequence[str]) -> list[Preset]:
-    """The presets by name; ValueError naming the known ones."""
-    unknown = [name for name in names if name not in BY_NAME]
+def selected(names: Sequence[str]) -> Sequence[str]:
+    """The names, in order; ValueError naming the known ones."""
+    unknown = [name for name in names if name not in (*WHOLE, *LARGE)]
     if unknown:
-        raise ValueError(f"unknown family {unknown[0]!r}; known: {', '.join(BY_NAME)}")
-    return [BY_NAME[name] for name in names]
+        raise ValueError(f"unknown family {unknown[0]!r}; known: {', '.join((*WHOLE, *LARGE))}")
+    return names
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compare every family at full size with diffusers.")
-    parser.add_argument("--only", nargs="+", default=list(BY_NAME), metavar="NAME", help="families [default: all]")
+    parser.add_argument("--only", nargs="+", default=[*WHOLE, *DEFAULT], metavar="NAME", help="families")
     parser.add_argument("--again", action="store_true", help="also what the results have already")
     parser.add_argument("--size", type=int, default=256, help="side of pictures; half for the x4-upscaler")
     parser.add_argument("--steps", type=int, default=10)
@@ -298,19 +310,17 @@ def main() -> int:
     quiet()
     path = asked.out / "parity.json"
     found: dict[str, Any] = json.loads(path.read_text())["families"] if path.exists() else {}
-    for preset in selected(asked.only):
-        if preset.name in found and not asked.again:
-            print(f"{preset.name}: measured before; --again repeats it")
+    for name in selected(asked.only):
+        if name in found and not asked.again:
+            print(f"{name}: measured before; --again repeats it")
             continue
-        with tempfile.TemporaryDirectory(dir=asked.work, prefix="sfumato-parity-") as folder:
-            rows = family(preset, asked, Path(folder))
+        rows, settings = networks_only(name) if name in LARGE else whole(BY_NAME[name], asked)
         gc.collect()
-        settings = {"size": asked.size, "steps": asked.steps, **machine()}
-        found[preset.name] = {"settings": settings, "rows": [asdict(row) for row in rows]}
-        found = {name: found[name] for name in BY_NAME if name in found}
+        found[name] = {"settings": settings, "rows": [asdict(row) for row in rows]}
+        found = {name: found[name] for name in (*WHOLE, *LARGE) if name in found}
         asked.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"families": found}, indent=1) + "\n")
-        (asked.out / "parity.md").write_text(markdown(found, settings))
+        (asked.out / "parity.md").write_text(markdown(found))
     rows_found = [(name, Row(**raw)) for name in asked.only for raw in found[name]["rows"]]
     missed = [f"{name}: {row.check} {row.value:.3g} (bound {row.bound:g})" for name, row in rows_found if not row.holds]
     print(f"{len(rows_found) - len(missed)} of {len(rows_found)} comparisons are within their bounds")
