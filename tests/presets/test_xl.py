@@ -8,7 +8,7 @@ import pytest
 
 from sfumato.diffusion.scheduler import Scheduler
 from sfumato.presets import of_folder
-from sfumato.presets.xl import SDXL, SDXL_INPAINT, SDXL_LCM, SDXL_LIGHTNING, SDXL_REFINER, SDXL_TURBO, XL
+from sfumato.presets.xl import SDXL, SDXL_HYPER, SDXL_INPAINT, SDXL_LCM, SDXL_LIGHTNING, SDXL_REFINER, SDXL_TURBO, XL
 
 
 @pytest.mark.parametrize("preset", XL, ids=lambda preset: preset.name)
@@ -30,6 +30,7 @@ def test_a_preset_is_found_by_its_own_parts(preset: Any) -> None:
         ({"timestep_spacing": "trailing"}, SDXL_LIGHTNING),
         ({"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}, SDXL_TURBO),
         ({"_class_name": "LCMScheduler"}, SDXL_LCM),
+        ({"_class_name": "TCDScheduler"}, SDXL_HYPER),
     ],
 )
 def test_few_step_models_are_told_by_their_scheduler(changes: dict[str, Any], expected: Any) -> None:

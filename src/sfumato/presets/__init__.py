@@ -31,7 +31,7 @@ __all__ = [
     "pipelines",
 ]
 
-ALIKE = ("sdxl-turbo", "sdxl-lightning", "sdxl-lcm", "sd35-large-turbo")
+ALIKE = ("sdxl-turbo", "sdxl-lightning", "sdxl-lcm", "sdxl-hyper", "sd35-large-turbo")
 PRESETS: tuple[Preset, ...] = (*CLASSIC, *XL, *SD3)
 SINGLE = tuple(preset for preset in PRESETS if preset.name not in ALIKE)
 """Those that are read from one file: what was distilled from a model looks the same and is read as that model."""

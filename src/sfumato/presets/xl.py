@@ -82,7 +82,8 @@ SDXL_REFINER = replace(
     text=None,
     force_zeros_for_empty_prompt=False,
 )
-# Few steps and no guidance: Turbo (Sauer et al. 2023), Lightning (Lin et al. 2024), LCM (Luo et al. 2023).
+# Few steps and no guidance: Turbo (Sauer et al. 2023), Lightning (Lin et al. 2024), LCM (Luo et al. 2023) and Hyper
+# (Ren et al. 2024), whose steps are those of trajectory consistency models.
 SDXL_TURBO = replace(
     SDXL,
     name="sdxl-turbo",
@@ -112,4 +113,12 @@ SDXL_LCM = replace(
     guidance_scale=1.0,
     sampler="lcm",
 )
-XL = (SDXL, SDXL_INPAINT, SDXL_REFINER, SDXL_TURBO, SDXL_LIGHTNING, SDXL_LCM)
+SDXL_HYPER = replace(
+    SDXL_LCM,
+    name="sdxl-hyper",
+    title="Hyper Stable Diffusion XL",
+    scheduler=frozen(SD_SCHEDULE, _class_name="TCDScheduler"),
+    num_inference_steps=8,
+    sampler="tcd",
+)
+XL = (SDXL, SDXL_INPAINT, SDXL_REFINER, SDXL_TURBO, SDXL_LIGHTNING, SDXL_LCM, SDXL_HYPER)
