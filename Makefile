@@ -28,8 +28,10 @@ env: $(VENV)/.dev
 # What retraining the built-in model needs besides (see docs/builtin-model.md).
 train-env: $(VENV)/.train
 
+# Pictures timed beside diffusers: with Stable Diffusion 1.5 at full size an hour or two, 8 GB of memory, 4 GB of disk.
+# ARGS="--only builtin" measures the built-in model alone, in minutes.
 bench: $(VENV)/.dev
-	$(VENV)/bin/python benchmarks/builtin.py
+	$(VENV)/bin/python benchmarks/bench.py $(ARGS)
 
 # Full-size networks with random weights beside diffusers: an hour, 17 GB of memory, 25 GB of disk.
 # ARGS="--only sd15" measures one model; loading is measured whether or not a bound was missed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from sfumato.evaluate.bench import HEAD, Bench, Work
 from sfumato.evaluate.chart import NAMES, Bar, bars
 from sfumato.evaluate.timing import Ceiling, Timing, Usage, counted, interleaved, spawned, timed
 from sfumato.models.autoencoder import AutoencoderConfig
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def timing(contender: str, *seconds: float, work: float = 0.0, peak: int = 0) -> Timing:
@@ -96,3 +99,20 @@ def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["bench", "--model", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert Work().counts == (1, 8)
+
+
+def test_a_peer_that_is_not_installed_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    absent = runpy.run_path(str(BENCHMARKS / "bench.py"), run_name="bench")["absent"]
+    assert absent() == {}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert absent() == {"diffusers": "it is not installed; pip install diffusers"}
+
+
+def test_a_worker_says_its_peak(tiny_folder: Path, capsys: pytest.CaptureFixture[str],
+                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr("sfumato.runtime.use_threads", lambda asked=None: None)
+    worker = runpy.run_path(str(BENCHMARKS / "bench.py"), run_name="bench")["worker"]
+    worker("sfumato", str(tiny_folder), 32, 1)
+    assert int(capsys.readouterr().out.splitlines()[-1].removeprefix("peak ")) > 1 << 26
