@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PROMPT = "a red apple on a blue background"
 OURS = "sfumato"
-HEAD = ("task", "contender", "median s", "fastest", "slowest", "processor s", "times", "of the ceiling",
+HEAD = ("task", "contender", "turns", "median s", "fastest", "slowest", "processor s", "times", "of the ceiling",
         "peak GiB", "page faults")  # fmt: skip
 GIB = 2**30
 # Makes some pictures, one prompt.
@@ -92,7 +92,7 @@ class Bench:
 def cells(t: Timing, first: float) -> tuple[str, ...]:
     """A row of the table; first: seconds that its own are compared with."""
     low, high = t.spread
-    figures = [f"{x:.3g}" for x in (t.median, low, high, t.processor)]
+    figures = [str(len(t.turns)), *(f"{x:.3g}" for x in (t.median, low, high, t.processor))]
     share = "" if t.share is None else f"{t.share:.0%}"
     peak = max(turn.peak for turn in t.turns)
     faults = sorted(turn.faults for turn in t.turns)[len(t.turns) // 2]
