@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         DPMSolverMultistepScheduler,
         EulerAncestralDiscreteScheduler,
         EulerDiscreteScheduler,
-        FlowMatchEulerDiscreteScheduler,
         HeunDiscreteScheduler,
         LMSDiscreteScheduler,
         PNDMScheduler,
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
         LCMScheduler,
         TCDScheduler,
     )
+    from sfumato.diffusion.named_flow import FlowMatchEulerDiscreteScheduler
     from sfumato.diffusion.named_solvers import (
         DEISMultistepScheduler,
         DPMSolverMultistepInverseScheduler,
@@ -84,7 +84,6 @@ _HOMES = {
         "DPMSolverMultistepScheduler",
         "EulerAncestralDiscreteScheduler",
         "EulerDiscreteScheduler",
-        "FlowMatchEulerDiscreteScheduler",
         "HeunDiscreteScheduler",
         "LMSDiscreteScheduler",
         "PNDMScheduler",
@@ -95,6 +94,7 @@ _HOMES = {
         "LCMScheduler",
         "TCDScheduler",
     ),
+    "sfumato.diffusion.named_flow": ("FlowMatchEulerDiscreteScheduler",),
     "sfumato.diffusion.named_solvers": (
         "DEISMultistepScheduler",
         "DPMSolverMultistepInverseScheduler",

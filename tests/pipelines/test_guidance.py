@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from sfumato.cond import Cond
-from sfumato.diffusion.named import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from sfumato.diffusion.named import DDIMScheduler, DPMSolverMultistepScheduler
+from sfumato.diffusion.named_flow import FlowMatchEulerDiscreteScheduler
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.models.unet import UNet
 from sfumato.pipelines.pipeline import Pipeline

@@ -11,12 +11,12 @@ from .named import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
 )
 from .named_distilled import DDIMInverseScheduler, EDMEulerScheduler, LCMScheduler, TCDScheduler
+from .named_flow import FlowMatchEulerDiscreteScheduler
 from .named_solvers import (
     DEISMultistepScheduler,
     DPMSolverMultistepInverseScheduler,

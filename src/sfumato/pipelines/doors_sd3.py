@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from sfumato.diffusion.named import FlowMatchEulerDiscreteScheduler
+from sfumato.diffusion.named_flow import FlowMatchEulerDiscreteScheduler
 from sfumato.models.clip import CLIPTextModel
 from sfumato.models.mmdit import MMDiT
 from sfumato.models.perturb import blocks

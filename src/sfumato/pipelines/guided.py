@@ -10,7 +10,8 @@ from typing import cast
 from sfumato.cond import Cond
 from sfumato.diffusion.around import PAG, Limited, Rescale, Within, levels_inside, levels_of, skipping, thresholded
 from sfumato.diffusion.guidance import APG, CFG, CFGPP, Guidance, InstructCFG, Plain, Turns
-from sfumato.diffusion.named import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from sfumato.diffusion.named import DDIMScheduler
+from sfumato.diffusion.named_flow import FlowMatchEulerDiscreteScheduler
 from sfumato.diffusion.path import Point
 from sfumato.diffusion.samplers import get_sampler
 from sfumato.diffusion.scheduler import Scheduler

@@ -127,9 +127,7 @@ class Loop(Generic[Module]):
         atomic_save(state, self.state_file)
         self.saved = self.step
 
-    def run(
-        self, progress: Progress | None = None, every: Callable[[int, Module], None] | None = None
-    ) -> Module:
+    def run(self, progress: Progress | None = None, every: Callable[[int, Module], None] | None = None) -> Module:
         """Train to the last step and return the averaged model.
 
         progress(stage, step, steps, numbers) is called every 20 steps; every(step, averaged model) after each
