@@ -14,7 +14,7 @@ from sfumato.diffusion import named
 from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from sfumato.models.bert import LDMBertConfig, LDMBertModel
 from sfumato.models.classes import ClassEmbedder, ClassEmbedderConfig
-from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
+from sfumato.models.clip import CLIPTextModel
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.models.vq import VQConfig, VQModel
 from sfumato.pipelines.pipeline import Pipeline
@@ -22,6 +22,8 @@ from sfumato.runtime import choose
 from sfumato.text.bert import BertTokenizer
 from sfumato.text.tokenizer import train_vocabulary
 from sfumato.weights.folder import Components, load_folder, save_folder
+
+from .tiny_clip import tiny_clip
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 TINY_TEXTS = ("a red apple on a blue background, 3d style", "two green frogs", "a cat left of a red car") * 3
@@ -32,18 +34,7 @@ def tiny_components(seed: int = 0) -> Components:
     """Random parts in the shape of Stable Diffusion for 32x32 pictures, with a v-prediction DDIM schedule."""
     torch.manual_seed(seed)
     tokenizer = train_vocabulary(TINY_TEXTS, size=540, max_length=TINY_LENGTH)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TINY_LENGTH,
-        projection_dim=32,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.pad_id,
-    )
+    text = tiny_clip(tokenizer, 32, layers=2)
     unet = UNetConfig(
         sample_size=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),

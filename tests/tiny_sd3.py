@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from sfumato.diffusion import named
+from sfumato.diffusion.named_flow import FlowMatchEulerDiscreteScheduler
 from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
+from sfumato.models.clip import CLIPTextModel
 from sfumato.models.mmdit import MMDiT, MMDiTConfig
 from sfumato.models.t5 import T5Config, T5EncoderModel
 from sfumato.text.t5 import T5Tokenizer, read_sentencepiece, unigram
@@ -18,6 +18,7 @@ from sfumato.weights.parts import Components
 
 from .models.parity import scramble
 from .text.test_t5 import spiece
+from .tiny_clip import tiny_clip
 
 TEXTS = ("a red apple on a blue background, 3d style", "two green frogs", "a cat left of a red car") * 3
 LENGTH = 16
@@ -32,19 +33,7 @@ def tiny_sd3(variant: str = "sd3", t5: bool = True, seed: int = 0, **schedule: A
     """The parts of a variant, with T5 or without it; pictures of 64x64. schedule: options of the scheduler."""
     torch.manual_seed(seed)
     tokenizer = train_vocabulary(TEXTS, size=540, max_length=LENGTH)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH,
-        projection_dim=16,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.pad_id,
-        projected=True,
-    )
+    text = replace(tiny_clip(tokenizer, 16, layers=3), projected=True)
     second = replace(text, hidden_size=24, intermediate_size=48, hidden_act="gelu", projection_dim=24)
     third = T5Config(vocab_size=160, d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     transformer = MMDiTConfig(
@@ -79,7 +68,7 @@ def tiny_sd3(variant: str = "sd3", t5: bool = True, seed: int = 0, **schedule: A
         vae=AutoencoderKL(vae).eval(),
         text_encoder=CLIPTextModel(text).eval(),
         tokenizer=tokenizer,
-        scheduler=named.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **schedule}),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **schedule}),
         pipeline="StableDiffusion3Pipeline",
         text_encoder_2=CLIPTextModel(second).eval(),
         tokenizer_2=tokenizer,

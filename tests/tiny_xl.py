@@ -9,10 +9,12 @@ import torch
 
 from sfumato.diffusion import named
 from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
+from sfumato.models.clip import CLIPTextModel
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.text.tokenizer import train_vocabulary
 from sfumato.weights.parts import Components
+
+from .tiny_clip import tiny_clip
 
 TEXTS = ("a red apple on a blue background, 3d style", "two green frogs", "a cat left of a red car") * 3
 LENGTH = 16
@@ -29,18 +31,7 @@ def tiny_xl(family: str = "StableDiffusionXLPipeline", seed: int = 0) -> Compone
     """The parts of a class: base model, refiner, inpainting model; pictures of 32x32."""
     torch.manual_seed(seed)
     tokenizer = train_vocabulary(TEXTS, size=540, max_length=LENGTH)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH,
-        projection_dim=16,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.pad_id,
-    )
+    text = tiny_clip(tokenizer, 16, layers=3)
     second = replace(text, hidden_size=24, intermediate_size=48, hidden_act="gelu", projection_dim=24, projected=True)
     unet = UNetConfig(
         sample_size=8,

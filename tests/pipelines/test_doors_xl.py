@@ -109,7 +109,7 @@ def test_parts_go_from_door_to_door(folders: Folders) -> None:
     other = sfumato.StableDiffusionXLImg2ImgPipeline(**{k: v for k, v in base.components.items() if v is not None})
     assert other.unet is base.unet and other.tokenizer_2 is base.tokenizer_2
     assert sfumato.StableDiffusionXLInpaintPipeline.from_pipe(base).vae is base.vae
-    with pytest.raises(ValueError, match="learned words are for models with one CLIP tower"):
+    with pytest.raises(ValueError, match="this front door takes no learned words"):
         base.load_textual_inversion("words.pt")
     with pytest.raises(AttributeError, match="not a transformer"):
         _ = base._pipe.transformer

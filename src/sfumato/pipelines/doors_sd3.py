@@ -143,7 +143,7 @@ class SD3(Maker):
 
     def load_textual_inversion(self, *source: Any, **options: Any) -> None:
         """ValueError: learned words for several text towers are for `Pipeline`."""
-        raise ValueError("learned words are for models with one CLIP tower; leave load_textual_inversion out")
+        raise ValueError("this front door takes no learned words; sfumato.Pipeline does, as embeddings=[FILE, ...]")
 
     def encode_prompt(  # type: ignore[override]  # three texts and four tensors, as there
         self,

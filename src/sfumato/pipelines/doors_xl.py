@@ -140,8 +140,8 @@ class XL(Maker):
         self._dress_anew()
 
     def load_textual_inversion(self, *source: Any, **options: Any) -> None:
-        """ValueError: learned words for two text towers are not implemented."""
-        raise ValueError("learned words are for models with one CLIP tower; leave load_textual_inversion out")
+        """ValueError: learned words for several text towers are for `Pipeline`."""
+        raise ValueError("this front door takes no learned words; sfumato.Pipeline does, as embeddings=[FILE, ...]")
 
     def _checked(self, call: Call, **numbers: Any) -> Request:
         said = {name: getattr(call, name) for name in TOLD}
