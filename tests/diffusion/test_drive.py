@@ -76,9 +76,7 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
     batched = drive(mixed(), together)
     single = [drive([run], alone)[0] for run in mixed()]
     apart = max((a - b).abs().max().item() for a, b in zip(batched, single, strict=True))
-    print(
-        f"largest difference {apart}; {together.calls} calls instead of {alone.calls}, {together.rows} rows"
-    )
+    print(f"largest difference {apart}; {together.calls} calls instead of {alone.calls}, {together.rows} rows")
     assert apart == 0
     assert together.calls < alone.calls / 4
     assert together.rows == alone.rows

@@ -44,8 +44,7 @@ def launch(folder: Path, processes: int, stop: int = -1) -> list[int]:
     shared = {**os.environ, **place, "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, str(folder), str(stop)]
     started = [
-        subprocess.Popen(command, env={**shared, "RANK": str(i)}, stderr=subprocess.DEVNULL)
-        for i in range(processes)
+        subprocess.Popen(command, env={**shared, "RANK": str(i)}, stderr=subprocess.DEVNULL) for i in range(processes)
     ]
     try:
         return [process.wait(timeout=120) for process in started]
