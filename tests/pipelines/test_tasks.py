@@ -65,6 +65,7 @@ def test_a_task_s_picture_is_the_same_among_others(
     pipe_for: Make, parts_for: Callable[[str], Components], task: str
 ) -> None:
     pipe = pipe_for(task)
+    pipe.batch = 1  # with company, the rounding of matrix products is another
     fields = GIVEN[task] | {"num_images_per_prompt": 2}
     both = made(pipe, PROMPTS.get(task, PROMPT), **fields)
     assert difference(both[0], both[1]) > 1e-3, "seeds matter"

@@ -239,7 +239,10 @@ def test_unconditional_latent_diffusion(pipe_for: Make) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_latent_diffusion_with_classes(pipe_for: Make, scale: float) -> None:
-    """Diffusers has no pipeline for it: the loop is written out with its networks."""
+    """Diffusers has no pipeline for it: the loop is written out with its networks.
+
+    From seed 7 a latent pixel ends half way between two codes, and rounding would decide which of them is drawn.
+    """
     from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel
 
     pipe = pipe_for("class")
@@ -248,11 +251,11 @@ def test_latent_diffusion_with_classes(pipe_for: Make, scale: float) -> None:
     scheduler = DDIMScheduler.from_config(dict(pipe.scheduler.config))
     scheduler.set_timesteps(STEPS)
     context = pipe.text_encoder.embedding.weight[[10, 3]][:, None]  # (2, 1, D): no class, class 3
-    x = torch.randn((1, 3, 8, 8), generator=seeded())
+    x = torch.randn((1, 3, 8, 8), generator=seeded(8))
     with torch.no_grad():
         for t in scheduler.timesteps:
             uncond, cond = unet(torch.cat([x, x]), t, encoder_hidden_states=context).sample.chunk(2)
             x = scheduler.step(uncond + scale * (cond - uncond), t, x).prev_sample
         theirs = (vae.decode(x).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    ours = pipe("3", seed=7, guidance_scale=scale, num_inference_steps=STEPS, output_type="pt")
+    ours = pipe("3", seed=8, guidance_scale=scale, num_inference_steps=STEPS, output_type="pt")
     compare("latent diffusion, classes", ours, SimpleNamespace(images=theirs))
