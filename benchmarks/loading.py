@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import BY_NAME, machine, make, quiet
+from full_size import BY_NAME, machine, make, quiet, status
 from torch import nn
 
 import sfumato
@@ -67,12 +67,6 @@ class Load:
     used_anonymous: int
     before: int
     weights: int
-
-
-def status(name: str) -> int:
-    """Bytes of a row of /proc/self/status."""
-    rows = Path("/proc/self/status").read_text().splitlines()
-    return next(int(row.split()[1]) * 1024 for row in rows if row.startswith(f"{name}:"))
 
 
 class Watch:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from full_size import BY_NAME, machine, ours
+from full_size import BY_NAME, machine, ours, status
 from PIL import Image
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,12 +67,6 @@ class Picture:
     seconds: float
     processor: float
     pixels: str
-
-
-def status(name: str) -> int:
-    """Bytes of a row of /proc/self/status."""
-    rows = Path("/proc/self/status").read_text().splitlines()
-    return next(int(row.split()[1]) * 1024 for row in rows if row.startswith(f"{name}:"))
 
 
 def worker(folder: Path, way: str, precision: str, size: int, steps: int) -> Picture:
