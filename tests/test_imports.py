@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": LEAVES | {"diffusion", "models", "presets", "text"},
     "pipelines": LEAVES
     | {"diffusion", "models", "text", "weights", "images", "presets", "runtime", "sfumato"}
-    | {"allocator", "prepare"},
+    | {"allocator", "machine", "prepare"},
     "images": {"files", "pipelines", "recipes"},
     "recipes": LEAVES | {"diffusion", "pipelines", "sfumato"},
     "previews": {"images", "models"},

@@ -91,11 +91,49 @@ def _quota(root: Path) -> int | None:
     return -(-int(words[0]) // int(words[1]))
 
 
+def available(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that are free here and within the limits of this process; None if unknown."""
+    table = _numbers(root / "proc/meminfo")
+    found = [table["MemAvailable"] * 1024] if "MemAvailable" in table else []
+    for group in _groups(root):
+        limit, used = (_whole(group / name) for name in ("memory.max", "memory.current"))
+        if limit is None or used is None:
+            limit, used = (_whole(group / name) for name in ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+        if limit is not None and used is not None:
+            cache = _numbers(group / "memory.stat").get("inactive_file", 0)
+            found.append(limit - used + cache)
+    return max(0, min(found)) if found else None
+
+
 def _memory(root: Path) -> tuple[int, int]:
-    rows = (line.split() for line in _read(root / "proc/meminfo").splitlines())
-    found = {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if len(row) > 1}
-    memory, free = found.get("MemTotal", 0), found.get("MemAvailable", 0)
-    limit, used = (_read(root / "sys/fs/cgroup" / name).strip() for name in ("memory.max", "memory.current"))
-    if limit.isdigit() and used.isdigit():
-        memory, free = min(memory, int(limit)), min(free, max(int(limit) - int(used), 0))
-    return memory, free
+    """Bytes in all, within the limits of this process, and bytes that are free; 0 where unknown."""
+    memory = _numbers(root / "proc/meminfo").get("MemTotal", 0) * 1024
+    limit = _whole(root / "sys/fs/cgroup/memory.max")
+    return memory if limit is None else min(memory, limit), available(root) or 0
+
+
+def _groups(root: Path) -> list[Path]:
+    """The control groups whose limits hold for this process."""
+    table = root / "proc/self/cgroup"
+    base = root / "sys/fs/cgroup"
+    found = [base, base / "memory"]
+    for line in table.read_text().splitlines() if table.is_file() else []:
+        _, kinds, path = line.split(":", 2)
+        if kinds in ("", "memory"):
+            place = base / kinds / path.lstrip("/")
+            found += [place, *(up for up in place.parents if base in up.parents)]
+    return found
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The table in a file of the system: a name, a number and perhaps a unit in each line."""
+    if not path.is_file():
+        return {}
+    rows = (line.replace(":", " ").split() for line in path.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
+
+
+def _whole(path: Path) -> int | None:
+    """The one number in a file of the system; None where there is none, as where nothing is limited."""
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdecimal() else None

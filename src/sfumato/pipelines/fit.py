@@ -21,6 +21,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import nn
 
+from sfumato.machine import available
 from sfumato.models.autoencoder import Coder
 from sfumato.models.unet import UNet
 from sfumato.pipelines.check import size
@@ -269,40 +270,4 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
         return None
-    table = numbers(root / "proc/meminfo")
-    found = [table["MemAvailable"] * 1024] if "MemAvailable" in table else []
-    for group in groups(root):
-        limit, used = (whole(group / name) for name in ("memory.max", "memory.current"))
-        if limit is None or used is None:
-            limit, used = (whole(group / name) for name in ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-        if limit is not None and used is not None:
-            cache = numbers(group / "memory.stat").get("inactive_file", 0)
-            found.append(limit - used + cache)
-    return max(0, min(found)) if found else None
-
-
-def groups(root: Path) -> list[Path]:
-    """The control groups whose limits hold for this process."""
-    table = root / "proc/self/cgroup"
-    base = root / "sys/fs/cgroup"
-    found = [base, base / "memory"]
-    for line in table.read_text().splitlines() if table.is_file() else []:
-        _, kinds, path = line.split(":", 2)
-        if kinds in ("", "memory"):
-            place = base / kinds / path.lstrip("/")
-            found += [place, *(up for up in place.parents if base in up.parents)]
-    return found
-
-
-def numbers(path: Path) -> dict[str, int]:
-    """The table in a file of the system: a name, a number and perhaps a unit in each line."""
-    if not path.is_file():
-        return {}
-    rows = (line.replace(":", " ").split() for line in path.read_text().splitlines())
-    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
-
-
-def whole(path: Path) -> int | None:
-    """The one number in a file of the system; None where there is none, as where nothing is limited."""
-    text = path.read_text().strip() if path.is_file() else ""
-    return int(text) if text.isdecimal() else None
+    return available(root)
