@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from sfumato.cli import main
 from sfumato.cli.app import make_app, with_command
 from sfumato.cli.line import Line
 from sfumato.diffusion.grid import SPACINGS
@@ -20,24 +19,14 @@ from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.images import read_recipe
 from sfumato.pipelines.request import Request
 
+from .command import pixels, sfumato
+
 PROMPT = "a red apple on a blue background"
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def sfumato(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, list[str], str]:
-    """Exit code, lines of stdout, stderr."""
-    code = main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out.splitlines(), err
-
-
-def pixels(path: str | Path) -> bytes:
-    with Image.open(path) as image:
-        return image.tobytes()
 
 
 def test_a_bare_prompt_makes_numbered_pictures(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

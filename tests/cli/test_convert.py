@@ -9,16 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sfumato.cli import main
+from .command import sfumato
 
 Capture = pytest.CaptureFixture[str]
-
-
-def sfumato(capsys: Capture, *args: object) -> tuple[int, list[str], str]:
-    """Exit code, lines of stdout, stderr."""
-    code = main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out.splitlines(), err
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

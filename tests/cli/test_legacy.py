@@ -9,6 +9,8 @@ from sfumato.cli import main
 from sfumato.cli.legacy import applies, parser
 from sfumato.images import read_recipe
 
+from .command import sfumato
+
 PUBLISHED = {
     "txt2img": {
         "prompt": "a painting of a virus monster playing guitar",
@@ -32,13 +34,6 @@ PUBLISHED = {
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def sfumato(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, list[str], str]:
-    """Exit code, lines of stdout, stderr."""
-    code = main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out.splitlines(), err
 
 
 @pytest.mark.parametrize("script", list(PUBLISHED))

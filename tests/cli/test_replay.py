@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sfumato.cli import main
 from sfumato.cli.replay import company_of, differing
 from sfumato.images import read_made_with, read_recipe
 from sfumato.recipes.embed import png
+
+from .command import pixels, sfumato
 
 PROMPT = "a red apple on a blue background"
 
@@ -17,18 +18,6 @@ PROMPT = "a red apple on a blue background"
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def sfumato(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, list[str], str]:
-    """Exit code, lines of stdout, stderr."""
-    code = main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out.splitlines(), err
-
-
-def pixels(path: str | Path) -> bytes:
-    with Image.open(path) as image:
-        return image.tobytes()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])

@@ -8,23 +8,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sfumato.cli import main
 from sfumato.cli.places import Places
 from sfumato.cli.watch import rate
 from sfumato.pipelines.pipeline import Pipeline
 from sfumato.pipelines.request import parse
 
+from .command import sfumato
+
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def sfumato(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, list[str], str]:
-    """Exit code, lines of stdout, stderr."""
-    code = main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out.splitlines(), err
 
 
 def test_events_for_programs(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
