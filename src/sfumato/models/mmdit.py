@@ -6,7 +6,7 @@ K tokens of the context, D width, N attention heads, t the network's time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -327,6 +327,13 @@ class MMDiT(Network):
         cond: context (B, K, joint_attention_dim) and pooled (B, pooled_projection_dim).
         Returns (B, C_out, H, W). Raises ValueError when the condition or the size does not fit the config.
         """
+        h, context, temb = self.entered(x, t, cond)
+        for block in self.transformer_blocks:
+            h, context = block(h, context, temb)
+        return self.left(h, temb, x.shape[2:])
+
+    def entered(self, x: Tensor, t: Tensor | float, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
+        """A network's input as its blocks take it: the picture's tokens, the text's, the embedding of the time."""
         c, patch = self.config, self.config.patch_size
         context, pooled = self._text(cond)
         x = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)  # (B, C_in, H, W)
@@ -340,9 +347,12 @@ class MMDiT(Network):
             )
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(x.shape[0])  # (B,)
         temb = self.time_text_embed(t, pooled.to(x.dtype))  # (B, D)
-        h, context = self.pos_embed(x), self.context_embedder(context)  # (B, L, D), (B, K, D)
-        for block in self.transformer_blocks:
-            h, context = block(h, context, temb)
+        return self.pos_embed(x), self.context_embedder(context), temb  # (B, L, D), (B, K, D), (B, D)
+
+    def left(self, h: Tensor, temb: Tensor, size: Sequence[int]) -> Tensor:
+        """The prediction (B, C_out, H, W) that the picture's tokens (B, L, D) say after the blocks; size: (H, W)."""
+        c, patch = self.config, self.config.patch_size
+        rows, columns = size[0] // patch, size[1] // patch
         scale, shift = self.norm_out(temb)
         h = self.proj_out(modulated(h, shift, scale))  # (B, L, P * P * C_out)
         h = h.view(-1, rows, columns, patch, patch, c.out_channels)

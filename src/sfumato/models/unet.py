@@ -333,6 +333,18 @@ class UNet(Network):
         num_class_embeds, (B, P + n) with a text's vector and n numbers when it has addition_embed_type.
         Returns (B, C_out, H, W). Raises ValueError when the condition does not fit the config.
         """
+        x, temb, context = self.entered(x, t, cond)
+        skips = [x]
+        for down in self.down_blocks:
+            x, left = down(x, temb, context)
+            skips += left
+        x = self.mid_block(x, temb, context)  # (B, C_last, H / f, W / f)
+        for up in self.up_blocks:
+            x = up(x, skips, temb, context)
+        return self.conv_out(self.conv_norm_out(x))  # (B, C_out, H, W)
+
+    def entered(self, x: Tensor, t: Tensor | float, cond: Cond) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A network's input as its levels take it: the picture's first features, the time's embedding, the context."""
         c = self.config
         context = self._context(cond)
         temb = self._time(x, t)  # (B, E)
@@ -345,16 +357,7 @@ class UNet(Network):
             raise ValueError(f"input of {x.shape[1]} channels; this U-Net takes {c.in_channels}")
         if c.center_input_sample:
             x = 2 * x - 1
-
-        x = self.conv_in(x)  # (B, C_0, H, W)
-        skips = [x]
-        for down in self.down_blocks:
-            x, left = down(x, temb, context)
-            skips += left
-        x = self.mid_block(x, temb, context)  # (B, C_last, H / f, W / f)
-        for up in self.up_blocks:
-            x = up(x, skips, temb, context)
-        return self.conv_out(self.conv_norm_out(x))  # (B, C_out, H, W)
+        return self.conv_in(x), temb, context  # (B, C_0, H, W), (B, E), (B, K, D)
 
     def _time(self, x: Tensor, t: Tensor | float) -> Tensor:
         c = self.config
