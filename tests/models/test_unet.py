@@ -86,6 +86,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 6,
         "projection_class_embeddings_input_dim": 12 + 5 * 6,
     },
+    "text": {
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 3,
+        "resnet_time_scale_shift": "scale_shift",
+    },
     "no-text": {
         "down_block_types": ["DownBlock2D"] * 3,
         "mid_block_type": "UNetMidBlock2D",
@@ -125,7 +130,7 @@ def inputs(channels: int, height: int, width: int) -> tuple[torch.Tensor, torch.
 
 def told(c: UNetConfig) -> dict[str, torch.Tensor]:
     """A text's vector and numbers, where a network wants them."""
-    if c.addition_embed_type is None:
+    if c.addition_embed_type != "text_time":
         return {}
     assert c.projection_class_embeddings_input_dim is not None
     count = (c.projection_class_embeddings_input_dim - 12) // 6
@@ -312,9 +317,12 @@ def test_defaults_are_those_of_the_class_that_the_file_names() -> None:
         ({**FACES, "mid_block_type": "UNetMidBlock2DCrossAttn"}, "allowed: 'UNetMidBlock2D'"),
         ({**FACES, "mid_block_scale_factor": 1.5}, r"mid_block_scale_factor = 1\.5 .*allowed: 1\.0"),
         ({**FACES, "down_block_types": ["CrossAttnDownBlock2D"] * 3}, "'CrossAttnDownBlock2D'.*'AttnDownBlock2D'"),
+        ({**FACES, "resnet_time_scale_shift": "scale_shift"}, "= 'scale_shift' .*allowed: 'default'"),
         ({**FACES, "add_attention": False}, "add_attention = False is not supported; allowed: True"),
-        ({"addition_embed_type": "image"}, "addition_embed_type = 'image' .*allowed: None, 'text_time'"),
+        ({"addition_embed_type": "image"}, "addition_embed_type = 'image' .*allowed: None, 'text', 'text_time'"),
         ({"addition_embed_type": "text_time"}, r"\(None, None\); addition_embed_type 'text_time' needs both"),
+        ({"addition_embed_type": "text"}, "'text' with 64 heads .* cross_attention_dim = 12"),
+        ({"resnet_time_scale_shift": "ada_group"}, "allowed: 'default', 'scale_shift'"),
         ({"cross_attention_dim": [1, 2, 3]}, "allowed: one integer"),
         ({"layers_per_blok": 3}, "unknown option layers_per_blok = 3; did you mean 'layers_per_block'"),
     ],

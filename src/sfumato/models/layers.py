@@ -137,6 +137,8 @@ class ResnetBlock2D(nn.Module):
     out_scale: the sum is divided by it (`mid_block_scale_factor` of the configs).
     """
 
+    told = 1  # numbers that the time tells each channel: the shift
+
     def __init__(
         self,
         in_channels: int,
@@ -150,7 +152,7 @@ class ResnetBlock2D(nn.Module):
         self.out_scale = out_scale
         self.norm1 = GroupNorm(groups, in_channels, eps, silu=True)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = None if time_channels is None else nn.Linear(time_channels, out_channels)
+        self.time_emb_proj = None if time_channels is None else nn.Linear(time_channels, self.told * out_channels)
         self.norm2 = GroupNorm(groups, out_channels, eps, silu=True)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
@@ -161,6 +163,31 @@ class ResnetBlock2D(nn.Module):
         if self.time_emb_proj is not None and temb is not None:
             h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
         h = self.conv2(self.norm2(h))
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        h = x + h
+        return h if self.out_scale == 1.0 else h / self.out_scale
+
+
+class ScaleShiftResnetBlock2D(ResnetBlock2D):
+    """A residual block whose second norm is scaled and shifted by the time embedding (Dhariwal & Nichol 2021, eq. 3).
+
+    `resnet_time_scale_shift: scale_shift` of the configs.
+    """
+
+    told = 2  # scale and shift
+
+    def __init__(
+        self, in_channels: int, out_channels: int, groups: int, eps: float, time_channels: int, out_scale: float = 1.0
+    ) -> None:
+        super().__init__(in_channels, out_channels, groups, eps, time_channels, out_scale)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        assert self.time_emb_proj is not None and temb is not None
+        h = self.norm2(self.conv1(self.norm1(x)))  # (B, C_out, H, W)
+        scale, shift = self.time_emb_proj(F.silu(temb))[:, :, None, None].chunk(2, dim=1)
+        h = self.conv2(F.silu(torch.addcmul(shift, h, 1 + scale)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         h = x + h
@@ -356,6 +383,41 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(features)))  # (B, E)
+
+
+class AttentionPooling(nn.Module):
+    """Tokens to one vector: their mean, beside a learned vector, asks, and they and itself answer (Radford et al. 2021,
+    section 2.4; as in DeepFloyd IF)."""
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(1, width) / width**0.5)
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, K, D) -> (B, D)."""
+        asking = x.mean(dim=1, keepdim=True) + self.positional_embedding  # (B, 1, D)
+        answering = torch.cat([asking, x], dim=1)  # (B, 1 + K, D)
+        parts = (self.q_proj(asking), self.k_proj(answering), self.v_proj(answering))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # (B, N, L, D / N)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
+
+
+class TextTimeEmbedding(nn.Module):
+    """The text's part of the time embedding: token states (B, K, D) to (B, E); `addition_embed_type: text`."""
+
+    def __init__(self, width: int, time_channels: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.pool = AttentionPooling(heads, width)
+        self.proj = nn.Linear(width, time_channels)
+        self.norm2 = nn.LayerNorm(time_channels)
+
+    def forward(self, context: Tensor) -> Tensor:
+        return self.norm2(self.proj(self.pool(self.norm1(context))))
 
 
 def sinusoidal(t: Tensor, width: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:

@@ -20,6 +20,8 @@ from sfumato.models.layers import (
     Downsample2D,
     GroupNorm,
     ResnetBlock2D,
+    ScaleShiftResnetBlock2D,
+    TextTimeEmbedding,
     TimestepEmbedding,
     Transformer2DModel,
     Upsample2D,
@@ -30,7 +32,6 @@ from sfumato.models.network import Network, NetworkOutput
 # Options of diffusers' UNet2DConditionModel and UNet2DModel for which our models need one value only.
 FIXED: dict[str, tuple[Any, ...]] = {
     "add_attention": (True,),
-    "addition_embed_type_num_heads": (64,),
     "attention_type": ("default",),
     "attn_norm_num_groups": (None,),
     "class_embed_type": (None,),
@@ -47,7 +48,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "num_attention_heads": (None,),
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
-    "resnet_time_scale_shift": ("default",),
     "reverse_transformer_layers_per_block": (None,),
     "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
@@ -71,6 +71,7 @@ UNCONDITIONAL: dict[str, Any] = {
 }
 CONTEXT_OPTIONS = (
     "addition_embed_type",
+    "addition_embed_type_num_heads",
     "addition_time_embed_dim",
     "projection_class_embeddings_input_dim",
     "cross_attention_dim",
@@ -93,6 +94,8 @@ class UNetConfig:
     `num_class_embeds` is the number of classes (noise levels, for an upscaler) that `cond.pooled` may name.
     `addition_embed_type` "text_time": `cond.pooled` is a text's vector and then numbers (sizes, a score), each of which
     becomes `addition_time_embed_dim` wide; `projection_class_embeddings_input_dim` is what they are wide together.
+    "text": the context itself, pooled with `addition_embed_type_num_heads` heads, joins the time.
+    `resnet_time_scale_shift`: what the time tells a residual block, a shift ("default") or "scale_shift".
     `unconditional` stands for diffusers' class UNet2DModel: attention without context, also in the middle, and
     `attention_head_dim` is what its name says, channels a head; None makes one head.
     """
@@ -119,8 +122,10 @@ class UNetConfig:
     attention_head_dim: int | tuple[int, ...] | None = 8
     use_linear_projection: bool = False
     upcast_attention: bool = False
+    resnet_time_scale_shift: str = "default"
     num_class_embeds: int | None = None
     addition_embed_type: str | None = None
+    addition_embed_type_num_heads: int = 64
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     unconditional: bool = False
@@ -146,12 +151,20 @@ class UNetConfig:
             raise ValueError(
                 f"UNetConfig: cross_attention_dim = {self.cross_attention_dim!r} is not supported; allowed: one integer"
             )
-        check_choice("UNetConfig: addition_embed_type", self.addition_embed_type, (None, "text_time"))
+        check_choice("UNetConfig: addition_embed_type", self.addition_embed_type, (None, "text", "text_time"))
+        shifts = ("default",) if self.unconditional else ("default", "scale_shift")
+        check_choice("UNetConfig: resnet_time_scale_shift", self.resnet_time_scale_shift, shifts)
         lifts = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
-        if self.addition_embed_type is not None and not all(lifts):
+        if self.addition_embed_type == "text_time" and not all(lifts):
             raise ValueError(
                 f"UNetConfig: addition_time_embed_dim and projection_class_embeddings_input_dim = {lifts}; "
                 "addition_embed_type 'text_time' needs both"
+            )
+        heads = self.addition_embed_type_num_heads
+        if self.addition_embed_type == "text" and (not self.has_cross_attention or self.cross_attention_dim % heads):
+            raise ValueError(
+                f"UNetConfig: addition_embed_type 'text' with {heads} heads needs cross-attention to a context whose "
+                f"width they divide; cross_attention_dim = {self.cross_attention_dim}"
             )
         for name in PER_LEVEL:
             self.levels(name)
@@ -282,8 +295,7 @@ class UNet(Network):
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
         self.class_embedding = None if c.num_class_embeds is None else nn.Embedding(c.num_class_embeds, 4 * widths[0])
-        wide = c.projection_class_embeddings_input_dim if c.addition_embed_type is not None else None
-        self.add_embedding = None if wide is None else TimestepEmbedding(wide, 4 * widths[0])
+        self.add_embedding = addition(c)
         self.down_blocks = nn.ModuleList([DownBlock(c, level) for level in levels])
         self.mid_block = MidBlock(c)
         self.up_blocks = nn.ModuleList([UpBlock(c, level) for level in reversed(levels)])
@@ -330,7 +342,7 @@ class UNet(Network):
         x: (B, C, H, W) with the model's latent channels; `cond.concat` adds further input channels.
         t: time as a number or tensor, one for all or one a picture (B,).
         cond: context (B, K, D) when the config has cross-attention; pooled (B, 1) with integer labels when it has
-        num_class_embeds, (B, P + n) with a text's vector and n numbers when it has addition_embed_type.
+        num_class_embeds, (B, P + n) with a text's vector and n numbers when its addition_embed_type is text_time.
         Returns (B, C_out, H, W). Raises ValueError when the condition does not fit the config.
         """
         x, temb, context = self.entered(x, t, cond)
@@ -348,7 +360,9 @@ class UNet(Network):
         c = self.config
         context = self._context(cond)
         temb = self._time(x, t)  # (B, E)
-        if self.add_embedding is not None:
+        if isinstance(self.add_embedding, TextTimeEmbedding):
+            temb = temb + self.add_embedding(context)
+        elif self.add_embedding is not None:
             temb = temb + self.add_embedding(self._text_time(cond).to(x.dtype))
         elif self.class_embedding is not None or cond.pooled is not None:
             temb = temb + self._class(cond)
@@ -414,10 +428,20 @@ class UNet(Network):
         return cond.context
 
 
+def addition(c: UNetConfig) -> TimestepEmbedding | TextTimeEmbedding | None:
+    """What joins the time embedding besides the time, as the config wants it."""
+    time_channels = 4 * c.block_out_channels[0]
+    if c.addition_embed_type == "text":
+        return TextTimeEmbedding(c.cross_attention_dim, time_channels, c.addition_embed_type_num_heads)
+    wide = c.projection_class_embeddings_input_dim
+    return TimestepEmbedding(wide, time_channels) if c.addition_embed_type == "text_time" and wide else None
+
+
 def resnet(c: UNetConfig, in_channels: int, out_channels: int, out_scale: float = 1.0) -> ResnetBlock2D:
     """A residual block with time, as the config wants it."""
     time_channels = 4 * c.block_out_channels[0]
-    return ResnetBlock2D(in_channels, out_channels, c.norm_num_groups, c.norm_eps, time_channels, out_scale)
+    kind = ScaleShiftResnetBlock2D if c.resnet_time_scale_shift == "scale_shift" else ResnetBlock2D
+    return kind(in_channels, out_channels, c.norm_num_groups, c.norm_eps, time_channels, out_scale)
 
 
 def attention(c: UNetConfig, level: int, mid: bool = False) -> Attention | Transformer2DModel:
