@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sfumato.files import replacing
 from sfumato.train import parallel
+from sfumato.train.curve import keep_curve
 
 Module = TypeVar("Module", bound=nn.Module)
 Losses = Callable[[int], dict[str, Tensor]]
@@ -118,13 +119,14 @@ class Loop(Generic[Module]):
         self.step = state["step"]
 
     def save(self) -> None:
-        """Write the checkpoint; of several processes, the first does."""
+        """Write the checkpoint, and draw the loss so far; of several processes, the first does."""
         if parallel.rank():
             return
         state = {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.config.ema:
             state["averaged"] = self.averaged.state_dict()
         atomic_save(state, self.state_file)
+        keep_curve(self.folder / "log.jsonl", self.folder / "loss.png", f"{self.name}: loss by step")
         self.saved = self.step
 
     def run(self, progress: Progress | None = None, every: Callable[[int, Module], None] | None = None) -> Module:
