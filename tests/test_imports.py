@@ -23,11 +23,12 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "runtime": {"allocator", "machine"},
     "prepare": LEAVES | {"kernels", "models", "runtime"},
+    "approximate": LEAVES | {"models", "prepare"},
     "presets": LEAVES | {"models"},
     "weights": LEAVES | {"diffusion", "models", "presets", "text"},
     "pipelines": LEAVES
     | {"diffusion", "models", "text", "weights", "images", "presets", "runtime", "sfumato"}
-    | {"allocator", "machine", "prepare"},
+    | {"allocator", "approximate", "machine", "prepare"},
     "images": {"files", "pipelines", "recipes"},
     "recipes": LEAVES | {"diffusion", "pipelines", "sfumato"},
     "previews": {"images", "models"},

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(eq=False)
+class Memo:
+    """What a network may keep of one row from one evaluation to the next; it belongs to a question of one run.
+
+    run:   whose it is: rows of one run decide together.
+    limit: how little of a change is none, for networks that look for themselves.
+    fresh: whether all is to be computed anew this time.
+    kept:  what the network made of the row; None before the first time.
+    """
+
+    run: object
+    limit: float = 0.0
+    fresh: bool = True
+    kept: Any = None
+    parts: dict[Hashable, Memo] = field(default_factory=dict)
+
+    def part(self, name: Hashable) -> Memo:
+        """The memo of a part of the picture, such as a window, that is evaluated by itself."""
+        part = self.parts.setdefault(name, Memo(self.run, self.limit))
+        part.fresh = self.fresh
+        return part
 
 
 @dataclass(frozen=True)
@@ -16,20 +40,23 @@ class Cond:
     context: token states (B, L, D), read by cross-attention or joint attention.
     pooled:  one vector a picture (B, P): pooled text, size and crop; an integer label (B, 1): class, noise level.
     concat:  extra input channels (B, C, H, W): mask, masked picture, depth, low resolution.
+    memo:    for each row, where the network may keep what it need not compute at each step; None: nowhere.
     """
 
     context: Tensor | None = None
     pooled: Tensor | None = None
     concat: Tensor | None = None
+    memo: tuple[Memo, ...] | None = field(default=None, kw_only=True)
 
     @property
     def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The three parts in the order of the constructor."""
+        """The three that are told, in the order of the constructor."""
         return self.context, self.pooled, self.concat
 
-    def signature(self) -> tuple[tuple[int, ...] | None, ...]:
-        """Shapes without the batch axis; two values with equal signatures can share a network call."""
-        return tuple(None if p is None else tuple(p.shape[1:]) for p in self.parts)
+    def signature(self) -> tuple[Hashable, ...]:
+        """Shapes without the batch axis, and what is to be computed anew; equal ones can share a network call."""
+        shapes = tuple(None if p is None else tuple(p.shape[1:]) for p in self.parts)
+        return shapes if self.memo is None else (*shapes, any(memo.fresh for memo in self.memo))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
         """The same value on another device, context and concat in another dtype.
@@ -38,11 +65,17 @@ class Cond:
         convert what they make of it.
         """
         context, concat = (None if p is None else p.to(device=device, dtype=dtype) for p in (self.context, self.concat))
-        return Cond(context, None if self.pooled is None else self.pooled.to(device=device), concat)
+        return Cond(context, None if self.pooled is None else self.pooled.to(device=device), concat, memo=self.memo)
 
     def __getitem__(self, rows: slice) -> Cond:
         """The rows `rows` of the batch, as views."""
-        return Cond(*(None if p is None else p[rows] for p in self.parts))
+        memo = None if self.memo is None else self.memo[rows]
+        return Cond(*(None if p is None else p[rows] for p in self.parts), memo=memo)
+
+    def part(self, name: Hashable, concat: Tensor | None) -> Cond:
+        """What is told of a part of the picture, with that part's further channels."""
+        memo = None if self.memo is None else tuple(memo.part(name) for memo in self.memo)
+        return replace(self, concat=concat, memo=memo)
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
@@ -53,7 +86,8 @@ class Cond:
         if len(signatures) > 1:
             raise ValueError(f"conditions of different shapes cannot share a batch: {sorted(map(str, signatures))}")
         columns = zip(*(c.parts for c in conds), strict=True)
-        return Cond(*(None if column[0] is None else torch.cat(column) for column in columns))
+        memo = None if conds[0].memo is None else tuple(memo for c in conds for memo in c.memo or ())
+        return Cond(*(None if column[0] is None else torch.cat(column) for column in columns), memo=memo)
 
 
 class Converted:

@@ -17,6 +17,7 @@ from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.unet import UNetConfig
 from sfumato.pipelines import sizes
 from sfumato.pipelines.fields import MAX_SIDE, stand_in
+from sfumato.pipelines.hasten import hastened
 from sfumato.pipelines.inputs import check_same_size, open_picture
 from sfumato.pipelines.request import Request
 from sfumato.presets import Preset, Task
@@ -103,6 +104,7 @@ def settled(request: Request, preset: Preset, estimates_depth: bool = False) -> 
     estimates_depth: the model makes depth of an image itself.
     Raises ValueError for a field that the model has no use for and for a picture that is missing.
     """
+    request = hastened(request, preset)
     told = sizes.fields(preset)
     uses, texts = USES[preset.task], TEXTS[type(next(iter(preset.texts), None))]
     for name in (n for n in (*OWN, *sizes.SAID, *TEXTS[CLIPTextConfig]) if given(request, n)):

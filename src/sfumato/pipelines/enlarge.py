@@ -43,7 +43,7 @@ class Windows:
             for left in starts(width, columns, OVERLAP):
                 area = (..., slice(top, top + rows), slice(left, left + columns))
                 concat = None if cond.concat is None else cond.concat[area]
-                out = self.net(x[area], t, Cond(cond.context, cond.pooled, concat), *perturb)
+                out = self.net(x[area], t, cond.part((top, left), concat), *perturb)
                 down = feather(rows, round(rows * OVERLAP), top, height)
                 w = (down[:, None] * feather(columns, round(columns * OVERLAP), left, width)).to(x)
                 total[area] += w * out

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Annotated
 
 from PIL.Image import Image
-from pydantic import AfterValidator, BeforeValidator, PlainSerializer, ValidationInfo, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationInfo, WithJsonSchema
 
 MAX_SEED = 2**63 - 1  # what a torch generator takes and an int64 in JSON holds
 MAX_SIDE = 4096
@@ -142,3 +142,23 @@ KnownAPG = AfterValidator(_known_apg)
 KnownThreshold = AfterValidator(_known_threshold)
 Told = Annotated[tuple[int, ...] | None, BeforeValidator(_pair), AfterValidator(_two_numbers)]
 """Two numbers of pixels that a model is told."""
+DeepCache = Annotated[
+    int | None,
+    Field(
+        ge=1,
+        le=20,
+        description="Compute the deep part of a U-Net in one step of so many, e.g. 2; changes the picture (default: 1, "
+        "in all).",
+    ),
+    Flag(value="STEPS"),
+]
+BlockCache = Annotated[
+    float | None,
+    Field(
+        ge=0,
+        le=1,
+        description="Use a transformer's later blocks again while the first one's change differs by less than this "
+        "share, e.g. 0.1; changes the picture (default: 0, which is off).",
+    ),
+    Flag(value="SHARE"),
+]

@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
+from sfumato.approximate import able
 from sfumato.cond import Cond
 from sfumato.diffusion.around import PAG, Limited, Rescale, Within, levels_inside, levels_of, skipping, thresholded
 from sfumato.diffusion.guidance import APG, CFG, CFGPP, Guidance, InstructCFG, Plain, Turns
 from sfumato.diffusion.named import DDIMScheduler
 from sfumato.diffusion.named_flow import FlowMatchEulerDiscreteScheduler
 from sfumato.diffusion.path import Point
+from sfumato.diffusion.recall import Recalling
 from sfumato.diffusion.samplers import get_sampler
 from sfumato.diffusion.scheduler import Scheduler
 from sfumato.diffusion.table import ZERO_SNR, TableScheduler
 from sfumato.models.autoencoder import AutoencoderConfig
+from sfumato.models.mmdit import MMDiT
 from sfumato.models.perturb import IDENTITY, blocks, self_attentions
 from sfumato.models.vq import VQConfig
 from sfumato.pipelines.fields import typed
@@ -55,9 +58,11 @@ def surrounded(inner: Sides, request: Request, scheduler: Scheduler, preset: Pre
     keeps_eps = get_sampler(cast(str, request.sampler)).name == "ddim"  # as its scheduler does
     if request.dynamic_threshold is not None:
         quantile, limit = (*request.dynamic_threshold, 1.0)[:2]
-        return Limited(guidance, partial(thresholded, quantile=quantile, limit=limit), keeps_eps)
-    bounded = limiting(scheduler, preset)
-    return guidance if bounded is None else Limited(guidance, bounded.limit, keeps_eps)
+        guidance = Limited(guidance, partial(thresholded, quantile=quantile, limit=limit), keeps_eps)
+    elif (bounded := limiting(scheduler, preset)) is not None:
+        guidance = Limited(guidance, bounded.limit, keeps_eps)
+    every, limit = request.deep_cache or 1, request.block_cache or 0.0
+    return Recalling(guidance, grid, every, limit) if every > 1 or limit > 0 else guidance
 
 
 def limiting(scheduler: Scheduler, preset: Preset) -> Scheduler | None:
@@ -125,6 +130,19 @@ def check_guidance(request: Request, preset: Preset, denoiser: Denoiser, grid: S
             )
     if request.guidance_interval is not None:
         levels_of(grid, request.guidance_interval)
+    check_reuse(request, denoiser, name)
+
+
+def check_reuse(request: Request, denoiser: Denoiser, name: str) -> None:
+    """ValueError where a request wants features used again in a way that is not this network's."""
+    transformer = isinstance(denoiser, MMDiT)
+    wrong, right = ("deep_cache", "block_cache") if transformer else ("block_cache", "deep_cache")
+    if getattr(request, wrong) is not None:
+        kind, own = ("U-Nets", "a transformer") if transformer else ("transformers", "a U-Net")
+        raise ValueError(f"{wrong} is for {kind}, and {name} denoises with {own}; take {right}, or leave it out")
+    why = able(denoiser) if getattr(request, right) else ""
+    if why:
+        raise ValueError(f"{right} = {getattr(request, right):g}, but {why}; leave it out")
 
 
 def numbered(layers: Sequence[int]) -> str:

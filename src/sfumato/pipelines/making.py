@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sfumato.approximate import reuse
 from sfumato.diffusion.brownian import PictureNoise
 from sfumato.diffusion.drive import Run, drive
 from sfumato.diffusion.keep import Keep
+from sfumato.diffusion.recall import Recalling
 from sfumato.diffusion.samplers import evaluations
 from sfumato.diffusion.samplers.base import Noise
 from sfumato.pipelines.check import PICTURES
@@ -174,6 +176,8 @@ def run_of(pipe: Pipeline, request: Request, start: Start, generator: torch.Gene
     noise: Noise = _fresh if generator is None else PictureNoise(generator)
     inner = pipe.dressing().guidance(request, pipe.preset, start)
     guidance = surrounded(inner, request, pipe.scheduler, pipe.preset, start.grid)
+    if isinstance(guidance, Recalling):
+        reuse(pipe.denoiser)  # which stays, as it computes what it always did where nothing is to be kept
     return Run(
         start.sampler(start.x, start.grid, noise),
         guidance if start.wrap is None else start.wrap(guidance),

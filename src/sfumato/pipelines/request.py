@@ -27,6 +27,8 @@ from sfumato.pipelines.fields import (
     MAX_SEED,
     MAX_SIDE,
     MAX_WORDS,
+    BlockCache,
+    DeepCache,
     Flag,
     Given,
     KnownAPG,
@@ -202,6 +204,12 @@ class Request(BaseModel):
         ),
         Flag(value="QUANTILE[,RANGE]"),
     ] = None
+    deep_cache: DeepCache = None
+    block_cache: BlockCache = None
+    fast: Annotated[
+        bool,
+        Field(description="Save time where it changes the picture little, see docs/speed.md (default: no)."),
+    ] = False
     rescale_betas_zero_snr: Annotated[
         bool | None,
         Field(description="Let the noise levels begin at pure noise, for v-predicting models (default: the model's)."),
