@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
 from sfumato.text.tokenizer import ClipTokenizer, train_vocabulary
 from sfumato.train import distill as module
 from sfumato.train.distill import DistillConfig, batch_rows, distill, learning_rate, make_lessons
-from sfumato.train.phrases import Corpus, build_corpus, clean, whole_words
+from sfumato.train.phrases import Corpus, build_corpus, clean, foreign_names, misspell, whole_words
 from sfumato.train.teacher import SentenceModel
 
 WORDS = ("dog", "cat", "apple", "car", "red", "blue", "green", "puppy", "bike", "gift", "tree", "house", "left", "two")
@@ -202,3 +203,39 @@ def test_the_recipe_of_the_built_in_tower_is_readable() -> None:
     path = Path(__file__).parents[2] / "recipes/mini.yaml"
     config = DistillConfig.from_dict(yaml.safe_load(path.read_text())["text"])
     assert (config.hidden_size, config.max_length) == (256, 32)
+
+
+def test_foreign_and_misspelt_names_mean_the_english_ones(config: DistillConfig, teacher_files: Path) -> None:
+    folder = Path(config.packages) / "emojibase-data/zh"
+    folder.mkdir()
+    entries = [
+        {"label": "狗脸", "hexcode": "1F436"},
+        {"label": "OK", "hexcode": "1F34E"},
+        {"label": "旗", "hexcode": "1F1EB-1F1EF"},
+    ]
+    (folder / "data.json").write_text(json.dumps(entries), encoding="utf-8")
+    names = foreign_names(Path(config.packages), ["zh"])
+    assert names == {"狗脸": "dog face"}
+    with pytest.raises(ValueError, match="no emoji names in 'xx'"):
+        foreign_names(Path(config.packages), ["xx"])
+    corpus = build_corpus(["bicycle"], [], ["dog"], ["dog"], 3, 3, 4, seed=0, foreign=names, typos_per_name=4)
+    plain = build_corpus(["bicycle"], [], ["dog"], ["dog"], 3, 3, 4, seed=0)
+    assert corpus.texts[: len(plain.texts)] == plain.texts and not plain.meant
+    assert set(corpus.texts) == {*plain.texts, *corpus.meant}
+    for text, meaning in corpus.meant.items():
+        assert ("狗脸" in text) == ("dog face" in meaning) and ("dog face" in meaning or "bicycle" in meaning)
+        assert text != meaning and "{" not in text + meaning
+    teacher = SentenceModel(teacher_files)
+    words = (word for word, weight in corpus.words for _ in range(weight))
+    lessons = make_lessons(corpus, train_vocabulary(words, 640, 16), teacher)
+    row = corpus.texts.index("狗脸")
+    assert torch.equal(lessons.targets[row], teacher.embed(["dog face"])[0].half())
+    end = int(lessons.lengths[row]) - 2
+    assert torch.equal(lessons.words[int(lessons.own[row, end])], teacher.embed(["dog face"])[0].half())
+
+
+def test_a_misspelt_word_is_one_slip_away_and_keeps_its_first_letter() -> None:
+    draw = random.Random(0)
+    slips = {misspell("bicycle", draw) for _ in range(300)}
+    assert {"bciycle", "bcycle", "bicyycle"} <= slips
+    assert all(word[0] == "b" and 6 <= len(word) <= 8 for word in slips)

@@ -33,7 +33,7 @@ from sfumato.files import replacing, write_json
 from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
 from sfumato.text.tokenizer import WORD_END, ClipTokenizer, train_vocabulary
 from sfumato.train.loop import atomic_save
-from sfumato.train.phrases import EMPTY_WORDS, Corpus, build_corpus, emoji_names, whole_words
+from sfumato.train.phrases import EMPTY_WORDS, Corpus, build_corpus, emoji_names, foreign_names, whole_words
 from sfumato.train.teacher import SentenceModel, teacher_folder
 from sfumato.weights.safe import write_tensors
 
@@ -54,6 +54,8 @@ class DistillConfig:
     phrases_per_name: int = 2  # captions for each emoji label or search word
     phrases_per_word: int = 2  # captions for each word near an emoji label
     pairs: int = 6_000  # captions of two things
+    languages: tuple[str, ...] = ()  # whose emoji names are taught besides; folders of emojibase-data
+    typos_per_name: int = 0  # misspellings of each emoji label
     common_words: int = 16_000  # how many of the teacher's words are taught, the most common first
     near_words: int = 4_000  # how many of these count as near an emoji label
     steps: int = 1_000
@@ -76,7 +78,7 @@ class DistillConfig:
         unknown = sorted(set(raw) - set(known))
         if unknown:
             raise ValueError(f"unknown options {unknown} of the text part; known: {known}")
-        return cls(**raw)
+        return cls(**{**raw, "languages": tuple(raw.get("languages", ()))})
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,8 @@ def prepare(
         config.phrases_per_word,
         config.pairs,
         config.seed,
+        foreign_names(Path(config.packages), config.languages),
+        config.typos_per_name,
     )
     repeated = (word for word, weight in corpus.words for _ in range(weight))
     tokenizer = train_vocabulary(repeated, config.vocabulary_size, config.max_length)
@@ -281,8 +285,8 @@ def make_lessons(
         if progress is not None:
             progress(done, count, {"teacher": done / count})
 
-    targets = teacher.embed(corpus.texts, progress=report)
-    words = teacher.embed(list(index))
+    targets = teacher.embed([corpus.meant.get(text, text) for text in corpus.texts], progress=report)
+    words = teacher.embed([corpus.meant.get(word, word) for word in index])
     return Lessons(tokenizer.tokenize(corpus.texts).ids, lengths, own, previous, targets.half(), words.half())
 
 
@@ -368,7 +372,10 @@ def _fingerprint(config: DistillConfig) -> str:
         "near_words",
         "seed",
     )
-    return hashlib.sha256(repr([getattr(config, name) for name in names]).encode()).hexdigest()
+    values: list[object] = [getattr(config, name) for name in names]
+    if config.languages or config.typos_per_name:
+        values += [config.languages, config.typos_per_name]
+    return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
 def _checkpoint(

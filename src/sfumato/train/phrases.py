@@ -2,18 +2,19 @@
 
 Words come from the emoji list (labels and search words) and from the whole words of the teacher's own
 vocabulary, which is sorted by how common a word is. So words that no caption contains (puppy, bike) are met
-as often as their concepts.
+as often as their concepts. Names in other languages and misspelt names mean what the English name means.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from sfumato.data.icons import read_emoji
+from sfumato.data.icons import plain_code, read_emoji
 from sfumato.data.words import plural
 
 COLOURS = (
@@ -70,6 +71,8 @@ PAIR = (
     "a {w} {place} a {v}, {style} style",
     "a {w} {place} a {v} on a {back} background, {style} style",
 )
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+OTHER_SIGNS = ("flag: ", "regional indicator")  # emoji that are no things
 #: Words that carry no picture of their own; their states are left free.
 EMPTY_WORDS = frozenset(
     ("a", "an", "the", "of", "on", "in", "and", "with", "to", "some", "at", "by", "for", "'s")
@@ -82,10 +85,12 @@ class Corpus:
 
     texts: every distinct text that is taught.
     words: (word, weight) for training the byte-pair vocabulary, a heavier word is merged earlier.
+    meant: English for the texts and words that are not, or are misspelt.
     """
 
     texts: tuple[str, ...]
     words: tuple[tuple[str, int], ...]
+    meant: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_corpus(
@@ -97,6 +102,8 @@ def build_corpus(
     phrases_per_word: int,
     pairs: int,
     seed: int,
+    foreign: Mapping[str, str] | None = None,
+    typos_per_name: int = 0,
 ) -> Corpus:
     """Join words and phrases into a corpus.
 
@@ -105,6 +112,8 @@ def build_corpus(
     near:   those of them that lie near an emoji label in the teacher's space, the nearest first.
     phrases_per_name, phrases_per_word: phrases of one noun for each name, and for each near word.
     pairs:  phrases of two nouns; one noun is a name, the other a name or a near word.
+    foreign: name in another language -> label; each is taught alone and in as many phrases as a name.
+    typos_per_name: misspellings of each label, each alone and in a phrase.
     """
     draw = random.Random(seed)
     names = [*labels, *tags]
@@ -117,12 +126,63 @@ def build_corpus(
         first, second = draw.choice(names), draw.choice(names if draw.random() < 0.7 else near)
         both = (first, second) if draw.random() < 0.5 else (second, first)
         texts[_phrase(draw, PAIR, *both)] = None
-    return Corpus(tuple(texts), tuple(_weights(labels, tags, common, near).items()))
+    words = _weights(labels, tags, common, near)
+    meant = _misspelt(random.Random(seed + 1), labels, typos_per_name, {*texts, *words})
+    for name, label in (foreign or {}).items():
+        meant[name] = label
+        words[name] = words.get(name, 0) + 120
+        for _ in range(phrases_per_name):
+            phrase = _phrase(draw, SINGLE, "{w}", "{w}")
+            meant[phrase.format(w=name)] = phrase.format(w=label)
+    return Corpus(tuple(dict.fromkeys([*texts, *meant])), tuple(words.items()), meant)
+
+
+def misspell(word: str, draw: random.Random) -> str:
+    """A word of four letters or more with two letters swapped, one left out, doubled, or one wrong; the first stays."""
+    i = draw.randrange(1, len(word) - 1)
+    kind = draw.randrange(4)
+    if kind == 0:
+        return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+    if kind == 1:
+        return word[:i] + word[i + 1 :]
+    return word[: i + 1] + word[i] + word[i + 1 :] if kind == 2 else word[:i] + draw.choice(LETTERS) + word[i + 1 :]
+
+
+def _misspelt(draw: random.Random, labels: Sequence[str], count: int, right: set[str]) -> dict[str, str]:
+    """Misspelt words, labels and phrases with them -> what they mean; none that is right for something else."""
+    meant: dict[str, str] = {}
+    for label in labels:
+        long = [word for word in label.split() if len(word) > 3 and word.isalpha()]
+        for _ in range(count if long else 0):
+            word = draw.choice(long)
+            wrong = misspell(word, draw)
+            if wrong in right or meant.get(wrong, word) != word:
+                continue
+            phrase = _phrase(draw, SINGLE, "{w}", "{w}")
+            name = " ".join(wrong if part == word else part for part in label.split())
+            meant |= {wrong: word, name: label, phrase.format(w=name): phrase.format(w=label)}
+    return meant
+
+
+def foreign_names(packages: Path, languages: Iterable[str]) -> dict[str, str]:
+    """Emoji names in other languages -> English label, of the npm package emojibase-data; of two alike the first."""
+    english = {code: clean(e.label) for code, e in read_emoji(packages).items() if not e.label.startswith(OTHER_SIGNS)}
+    found: dict[str, str] = {}
+    for language in languages:
+        file = packages / "emojibase-data" / language / "data.json"
+        if not file.is_file():
+            raise ValueError(f"no emoji names in {language!r}; emojibase-data has a folder for each language it knows")
+        for entry in json.loads(file.read_text(encoding="utf-8")):
+            label = english.get(plain_code(entry["hexcode"]))
+            name = entry["label"].lower()
+            if label and name.isalnum() and not name.isascii():
+                found.setdefault(name, label)
+    return found
 
 
 def emoji_names(packages: Path) -> tuple[list[str], list[str]]:
     """Emoji labels, and their search words, of the npm packages in `packages`; no flags and letters."""
-    kept = [e for e in read_emoji(packages).values() if not e.label.startswith(("flag: ", "regional indicator"))]
+    kept = [e for e in read_emoji(packages).values() if not e.label.startswith(OTHER_SIGNS)]
     labels = dict.fromkeys(clean(e.label) for e in kept)
     tags = dict.fromkeys(clean(tag) for e in kept for tag in e.tags)
     return [label for label in labels if label], [tag for tag in tags if tag and tag not in labels]
