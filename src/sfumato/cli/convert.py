@@ -23,6 +23,9 @@ def convert(
         str | None,
         typer.Option("--base", help="Where to take what the file lacks: a model, or files parted by commas."),
     ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="Which it is of the models that look alike, if no name says.")
+    ] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the averaged U-Net of a training checkpoint.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
@@ -33,7 +36,8 @@ def convert(
     from sfumato.runtime import choose
     from sfumato.weights.model import load_model, save_model
 
-    parts = load_model(model, dtype=None, vae=vae, base=base, prediction=prediction, ema=True if ema else None)
+    averages = True if ema else None
+    parts = load_model(model, None, vae=vae, base=base, prediction=prediction, ema=averages, preset=preset)
     save_model(parts, target, None if dtype is None else choose("cpu", dtype).dtype)
     print(target)
     print(f"wrote {parts.pipeline} as {'one file' if target.is_file() else 'a folder'}", file=sys.stderr)

@@ -66,6 +66,7 @@ def print_report(found: Report, bad: list[str] | None) -> None:
     lines = {
         "file": f"{found.path} ({found.size / 1e9:.2f} GB, {found.layout})",
         "holds": found.kind if preset is None else f"{preset.title} ({preset.name}): {found.kind}",
+        "taken so": found.alike,
         "prediction": "" if preset is None else f"{preset.prediction} (from {found.evidence})",
         "size": "" if preset is None else f"{preset.width}x{preset.height} pixels",
         "averages": "an averaged U-Net (EMA) as well" if found.ema else "",

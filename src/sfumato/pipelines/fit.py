@@ -81,6 +81,7 @@ def opened(
     vae: Path | str | None,
     base: Path | str | None,
     prediction: str | None,
+    preset: str | None = None,
 ) -> tuple[Components, Memory]:
     """A model and how its weights are to be kept; for ways other than "fast" they are as they are stored, on the CPU.
 
@@ -96,12 +97,16 @@ def opened(
     others = [Path(other) for other in (vae, *sources(base)) if other is not None]
     kept: Memory = "fast"
     if asked not in (None, "fast") or not roomy([place, *others], runtime):
-        parts = load_model(place, None, "cpu", vae=vae, base=base, prediction=prediction, packed=True, t5=t5)
+        parts = load_model(
+            place, None, "cpu", vae=vae, base=base, prediction=prediction, packed=True, t5=t5, preset=preset
+        )
         kept = chosen(parts, request or Request(), runtime, asked, batch)
         if kept != "fast":
             return parts, kept
         del parts
-    parts = load_model(place, runtime.dtype, runtime.device, vae=vae, base=base, prediction=prediction, t5=t5)
+    parts = load_model(
+        place, runtime.dtype, runtime.device, vae=vae, base=base, prediction=prediction, t5=t5, preset=preset
+    )
     return parts, kept
 
 

@@ -5,6 +5,7 @@ B pictures in a network call, C channels, h w latent height and width, H W pictu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -52,6 +53,10 @@ __all__ = [
     "Progress",
     "load",
 ]
+# What requests say of a model besides its name.
+SOURCES = ("vae", "base", "prediction", "preset", "t5")
+
+log = logging.getLogger(__name__)
 
 
 class Pipeline(Keeping):
@@ -81,13 +86,14 @@ class Pipeline(Keeping):
         self.text_encoder_3: TextEncoder | None = parts.text_encoder_3
         self.tokenizer_3: Tokenizer | None = parts.tokenizer_3
         self.force_zeros_for_empty_prompt: bool = parts.force_zeros_for_empty_prompt
+        self.kind = parts.kind
         self.low_res_scheduler: Scheduler | None = parts.low_res_scheduler
         self.depth_estimator: DepthEstimator | None = parts.depth_estimator
         self.pipeline: str = parts.pipeline
         self._scheduler = parts.scheduler
         self.runtime = runtime or as_it_is(torch.empty(0, device=self.denoiser.device, dtype=self.denoiser.dtype))
         # What requests say of the model, so that a recipe can open it again.
-        self.source: dict[str, str | None] = {"model": model, "vae": None, "base": None, "prediction": None, "t5": None}
+        self.source: dict[str, str | None] = {"model": model, **dict.fromkeys(SOURCES)}
         self.embeddings: tuple[str, ...] = ()
         self.batch = batch
         self.preset: Preset = preset_of(parts)
@@ -110,6 +116,7 @@ class Pipeline(Keeping):
         memory: str | None = None,
         request: Request | None = None,
         t5: str | None = None,
+        preset: str | None = None,
     ) -> Pipeline:
         """Open a model on the best device in the best precision: a built-in name, file, folder or hub id.
 
@@ -117,20 +124,27 @@ class Pipeline(Keeping):
         memory:  how weights are kept, see `set_memory`; None takes the fastest way that fits.
         request: what it is opened for, which decides what fits; None: a picture of the model's own size.
         t5:      what becomes of T5, see `keep_t5`; None as the request says, or as the rest.
+        preset:  which it is of the models that look alike, such as "sdxl-lightning"; None as the request says, or as
+                 names and the scheduler do, which one line then says.
         Raises FileNotFoundError or ValueError when there is no complete model, see `load_model`, and ValueError where
         memory does not suffice.
         """
         runtime = choose(device, precision)
         if t5 is not None:
             request = (request or Request()).model_copy(update={"t5": parse(t5=t5).t5})
-        parts, kept = opened(source, runtime, memory, request, batch, vae=vae, base=base, prediction=prediction)
+        preset = parse(preset=preset).preset or (None if request is None else request.preset)
+        parts, kept = opened(
+            source, runtime, memory, request, batch, vae=vae, base=base, prediction=prediction, preset=preset
+        )
         pipe = cls(parts, None, str(source), batch)
+        if parts.kind is not None and parts.kind.guessed:
+            log.warning("%s", parts.kind.line(str(source), pipe.preset))
         pipe.runtime = runtime
         pipe.keep_t5(None if request is None else request.t5, kept)
         pipe.set_memory(kept)
         if kept == "fast":
             pipe.to()
-        names = {"vae": vae, "base": base, "prediction": prediction}
+        names = {"vae": vae, "base": base, "prediction": prediction, "preset": preset}
         pipe.source.update({name: str(value) for name, value in names.items() if value is not None})
         return pipe
 
@@ -145,11 +159,12 @@ class Pipeline(Keeping):
         base: Path | str | None = None,
         prediction: str | None = None,
         memory: str | None = None,
+        preset: str | None = None,
     ) -> Pipeline:
         """`from_pretrained` for a model in one file; FileNotFoundError where there is no such file."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"no file {path}")
-        return cls.from_pretrained(path, precision, device, batch, vae, base, prediction, memory)
+        return cls.from_pretrained(path, precision, device, batch, vae, base, prediction, memory, preset=preset)
 
     def restore(
         self,
@@ -291,9 +306,6 @@ class Pipeline(Keeping):
         slg_layers: Sequence[int] = (7, 8, 9),
         slg_interval: Sequence[float] = (0.01, 0.2),
         dynamic_threshold: float | Sequence[float] | None = None,
-        deep_cache: int | None = None,
-        block_cache: float | None = None,
-        fast: bool = False,
         rescale_betas_zero_snr: bool | None = None,
         seed: int | None = None,
         variation_seed: int | None = None,
@@ -469,11 +481,12 @@ def load(
     memory: str | None = None,
     request: Request | None = None,
     t5: str | None = None,
+    preset: str | None = None,
 ) -> Pipeline:
     """Open a model: the built-in one, a file, a folder, or a hub id.
 
     precision: float32, bfloat16 or float16; device: cpu, cuda...; None chooses for this machine.
     batch:     most pictures advanced together, see `Pipeline`.
-    vae, base, prediction, memory, request, t5: see `Pipeline.from_pretrained`.
+    vae, base, prediction, memory, request, t5, preset: see `Pipeline.from_pretrained`.
     """
-    return Pipeline.from_pretrained(model, precision, device, batch, vae, base, prediction, memory, request, t5)
+    return Pipeline.from_pretrained(model, precision, device, batch, vae, base, prediction, memory, request, t5, preset)

@@ -27,8 +27,6 @@ from sfumato.pipelines.fields import (
     MAX_SEED,
     MAX_SIDE,
     MAX_WORDS,
-    BlockCache,
-    DeepCache,
     Flag,
     Given,
     KnownAPG,
@@ -204,12 +202,6 @@ class Request(BaseModel):
         ),
         Flag(value="QUANTILE[,RANGE]"),
     ] = None
-    deep_cache: DeepCache = None
-    block_cache: BlockCache = None
-    fast: Annotated[
-        bool,
-        Field(description="Save time where it changes the picture little, see docs/speed.md (default: no)."),
-    ] = False
     rescale_betas_zero_snr: Annotated[
         bool | None,
         Field(description="Let the noise levels begin at pure noise, for v-predicting models (default: the model's)."),
@@ -309,6 +301,14 @@ class Request(BaseModel):
         Field(min_length=1, description="Where to take what the file lacks: a model, or files parted by commas."),
         Flag(value="MODEL"),
     ] = None
+    preset: Annotated[
+        str | None,
+        Field(
+            description="Which it is of the models that look alike, such as sdxl-lightning (default: what names and "
+            "the scheduler say)."
+        ),
+        Flag(value="NAME"),
+    ] = None
     t5: Annotated[
         str | None,
         Field(
@@ -343,6 +343,15 @@ class Request(BaseModel):
             from sfumato.diffusion.prediction import get_prediction
 
             get_prediction(name)
+        return name
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, name: str | None) -> str | None:
+        if name is not None:
+            from sfumato.presets import check_name
+
+            check_name(name)
         return name
 
     @field_validator("prompt_rule")

@@ -14,12 +14,13 @@ from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.dpt import DPTConfig
 from sfumato.models.mmdit import MMDiTConfig
 from sfumato.models.t5 import T5Config
+from sfumato.models.tiny import TinyConfig
 from sfumato.models.unet import UNetConfig
 from sfumato.models.vq import VQConfig
 
 Task = Literal["text", "inpaint", "depth", "instruct", "upscale", "class", "unconditional"]
 DenoiserConfig = UNetConfig | MMDiTConfig
-VAEConfig = AutoencoderConfig | VQConfig
+VAEConfig = AutoencoderConfig | VQConfig | TinyConfig
 TextConfig = CLIPTextConfig | LDMBertConfig | ClassEmbedderConfig | T5Config
 
 
@@ -57,6 +58,7 @@ class Preset:
     text_2: TextConfig | None = None
     text_3: TextConfig | None = None
     force_zeros_for_empty_prompt: bool = False
+    like: str | None = None
 
     @property
     def texts(self) -> tuple[TextConfig, ...]:

@@ -88,6 +88,25 @@ PIX2PIX = replace(
     ),
     sampler="euler_a",
 )
+# Few steps without guidance: LCM (Luo et al. 2023) and Hyper (Ren et al. 2024).
+SD15_LCM = replace(
+    SD15,
+    name="sd15-lcm",
+    like="sd15",
+    title="Stable Diffusion 1.x LCM",
+    scheduler=frozen(SD_SCHEDULE, _class_name="LCMScheduler"),
+    num_inference_steps=4,
+    guidance_scale=1.0,
+    sampler="lcm",
+)
+SD15_HYPER = replace(
+    SD15_LCM,
+    name="sd15-hyper",
+    title="Hyper Stable Diffusion 1.x",
+    scheduler=frozen(SD_SCHEDULE, _class_name="TCDScheduler"),
+    num_inference_steps=8,
+    sampler="tcd",
+)
 
 # Stable Diffusion 2.x: https://github.com/Stability-AI/stablediffusion, configs/stable-diffusion/v2-*.yaml.
 # The weights do not tell 2.0 from 2.1, so attention is computed in float32 as 2.1 needs it in half precision.
@@ -129,6 +148,16 @@ SD21_BASE = replace(
     scheduler=SD_SCHEDULE,
     width=512,
     height=512,
+)
+SD_TURBO = replace(
+    SD21_BASE,
+    name="sd-turbo",
+    like="sd21-base",
+    title="Stable Diffusion 2.x Turbo",
+    scheduler=frozen(SD_SCHEDULE, _class_name="EulerDiscreteScheduler", timestep_spacing="trailing"),
+    num_inference_steps=1,
+    guidance_scale=1.0,
+    sampler="euler",
 )
 SD2_INPAINT = replace(
     SD21_BASE,
@@ -283,10 +312,13 @@ MINI = replace(
 
 CLASSIC: tuple[Preset, ...] = (
     SD15,
+    SD15_LCM,
+    SD15_HYPER,
     SD15_INPAINT,
     PIX2PIX,
     SD21,
     SD21_BASE,
+    SD_TURBO,
     SD2_INPAINT,
     SD2_DEPTH,
     UPSCALER,

@@ -60,6 +60,7 @@ SD35_LARGE = replace(
 SD35_LARGE_TURBO = replace(
     SD35_LARGE,
     name="sd35-large-turbo",
+    like="sd35-large",
     title="Stable Diffusion 3.5 large Turbo",
     num_inference_steps=4,
     guidance_scale=1.0,

@@ -1,6 +1,6 @@
 """Stable Diffusion XL (Podell et al. 2023): https://github.com/Stability-AI/generative-models, and what was made of it.
 
-The distilled models have the base model's shapes: a folder's scheduler tells them apart, a file's settings are given.
+The distilled models have the base model's shapes, see `alike`.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ SDXL_REFINER = replace(
 SDXL_TURBO = replace(
     SDXL,
     name="sdxl-turbo",
+    like="sdxl",
     title="Stable Diffusion XL Turbo",
     scheduler=frozen(XL_SCHEDULE, _class_name="EulerAncestralDiscreteScheduler", timestep_spacing="trailing"),
     width=512,
@@ -98,6 +99,7 @@ SDXL_TURBO = replace(
 SDXL_LIGHTNING = replace(
     SDXL,
     name="sdxl-lightning",
+    like="sdxl",
     title="Stable Diffusion XL Lightning",
     scheduler=frozen(XL_SCHEDULE, timestep_spacing="trailing"),
     num_inference_steps=4,
@@ -107,6 +109,7 @@ SDXL_LIGHTNING = replace(
 SDXL_LCM = replace(
     SDXL,
     name="sdxl-lcm",
+    like="sdxl",
     title="Stable Diffusion XL LCM",
     scheduler=frozen(SD_SCHEDULE, _class_name="LCMScheduler"),
     num_inference_steps=4,

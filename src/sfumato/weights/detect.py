@@ -18,9 +18,10 @@ from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.dpt import DPTConfig
 from sfumato.models.mmdit import MMDiTConfig
 from sfumato.models.t5 import T5Config
+from sfumato.models.tiny import TinyConfig
 from sfumato.models.unet import UNetConfig
 from sfumato.models.vq import VQConfig
-from sfumato.presets import SINGLE, DenoiserConfig, Preset, TextConfig, VAEConfig
+from sfumato.presets import SINGLE, DenoiserConfig, Kind, Preset, TextConfig, VAEConfig
 from sfumato.weights import compvis, dpt, sd3, t5
 from sfumato.weights.keymap import KeyMap, Row
 from sfumato.weights.parts import network
@@ -36,6 +37,7 @@ from sfumato.weights.signatures import (
     unet_folder,
     vae_compvis,
     vae_folder,
+    vae_tiny,
 )
 from sfumato.weights.source import Weights
 
@@ -50,6 +52,7 @@ BASE_STEPS = ("875000", "220000")
 # Names under which programs note the prediction type in a file's metadata, and tensors that stand for "v".
 PREDICTION_NOTES = ("sfumato.prediction", "modelspec.prediction_type", "modelspec.predict_type", "prediction_type")
 V_MARKS = ("v_pred",)
+GUESS = "the family"
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,16 @@ class Found:
     preset:      the released model that they make, with the file's prediction; None when nothing matches.
     evidence:    where the prediction type was read.
     ema:         whether averaged weights of the U-Net are there, too.
+    guessed:     whether nothing in the file says what the network predicts.
+    kind:        which it is of the models that look alike, see `kinds`; None where nothing speaks for another.
     """
 
     places: Mapping[str, Place]
     preset: Preset | None
     evidence: str
     ema: bool
+    guessed: bool = False
+    kind: Kind | None = None
 
 
 def plain_map(config: Any) -> KeyMap:
@@ -172,6 +179,9 @@ DIALECTS: tuple[Dialect, ...] = (
         )
         for config in (AutoencoderConfig, VQConfig)
     ),
+    Dialect(
+        VAE, "diffusers", "decoder.layers.0.weight", ("first_stage_model.", "vae.", ""), TinyConfig, plain_map, vae_tiny
+    ),
     *(
         Dialect(part, name, anchor, prefixes[part], CLIPTextConfig, table, table_of(tokens))
         for name, anchor, tokens, prefixes, table in (
@@ -248,11 +258,17 @@ def identify(weights: Weights, prediction: str | None = None, presets: Sequence[
     Raises ValueError for an unknown prediction.
     """
     there = places(weights.infos)
-    fitting = [p for p in presets if there and all(_fits(p, place) for place in there.values())]
-    wanted, evidence = _prediction(weights, fitting, prediction)
-    same = [p for p in fitting if p.prediction == wanted]
-    preset = same[0] if same else fitting[0].predicting(wanted) if fitting and wanted else None
-    return Found(there, preset, evidence, any(name.startswith(EMA) for name in weights.infos))
+    known = fitting(there, presets)
+    wanted, evidence = _prediction(weights, known, prediction)
+    same = [p for p in known if p.prediction == wanted]
+    preset = same[0] if same else known[0].predicting(wanted) if known and wanted else None
+    averages = any(name.startswith(EMA) for name in weights.infos)
+    return Found(there, preset, evidence, averages, evidence.startswith(GUESS))
+
+
+def fitting(there: Mapping[str, Place], presets: Sequence[Preset]) -> list[Preset]:
+    """Those of some presets whose components have the shapes of these."""
+    return [p for p in presets if there and all(_fits(p, place) for place in there.values())]
 
 
 def label(place: Place) -> str:
@@ -298,4 +314,4 @@ def _prediction(weights: Weights, fitting: Sequence[Preset], asked: str | None) 
     first = next(iter(kinds))
     others = " or ".join(kind for kind in kinds if kind != first)
     doubt = f"; {others} looks the same, --prediction says which" if others else ""
-    return first, f"the family{doubt}"
+    return first, f"{GUESS}{doubt}"

@@ -37,6 +37,7 @@ from sfumato.text.towers import TextEncoder, Tokenizer
 from sfumato.weights import compvis
 from sfumato.weights.dpt import dpt_map
 from sfumato.weights.keymap import KeyMap
+from sfumato.weights.kinds import NOTED, folder_kind
 from sfumato.weights.layouts import (
     ALIASES,
     DENOISERS,
@@ -82,6 +83,7 @@ def load_folder(
     variant: str | None = None,
     without: Collection[str] = (),
     stored: Collection[str] = (),
+    kind: str | None = None,
 ) -> Components:
     """Read a model folder, its networks converted to `dtype` and placed on `device`, one after the other.
 
@@ -90,6 +92,7 @@ def load_folder(
     variant:    the files to prefer, such as "fp16" for `model.fp16.safetensors`; see `weights_file`.
     without:    sub-folders that are not read, of those that such models may lack.
     stored:     those whose tensors are left as they are stored, on the CPU.
+    kind:       the name of its preset, where it looks like several.
     Raises FileNotFoundError when a part is missing, ValueError when it is of another kind or does not fit.
     """
     path = Path(path)
@@ -123,6 +126,7 @@ def load_folder(
         depth = cast(DepthEstimator, network(DEPTH, DEPTHS))
         depth.processor = _processor(path / PROCESSOR / PROCESSOR_CONFIG)
     texts, readers = (*towers, None, None, None), (*tokenizers, None, None, None)
+    family = _checked_family(path, family, denoiser.config, vae.config.latent_channels, texts[0] is not None)
     return Components(
         denoiser=denoiser,
         vae=vae,
@@ -130,13 +134,14 @@ def load_folder(
         tokenizer=readers[0],
         scheduler=scheduler,
         low_res_scheduler=low_res,
-        pipeline=_checked_family(path, family, denoiser.config, vae.config.latent_channels, texts[0] is not None),
+        pipeline=family,
         depth_estimator=depth,
         text_encoder_2=texts[1],
         tokenizer_2=readers[1],
         text_encoder_3=texts[2],
         tokenizer_3=readers[2],
         force_zeros_for_empty_prompt=layout is XL and bool(index.get(ZEROS, True)),
+        kind=folder_kind(path, index, family, (layout.denoiser, denoiser.config), scheduler.config, kind),
     )
 
 
@@ -382,11 +387,16 @@ def _check_variant(path: Path, layout: Layout, variant: str) -> None:
         raise ValueError(f"no part of {path} has the variant {variant!r}; there are: {', '.join(sorted(found))}")
 
 
-def _flags(parts: HasComponents, layout: Layout) -> dict[str, bool]:
-    """What the index says of Stable Diffusion XL: how empty prompts are read, and which numbers a refiner is told."""
+def _flags(parts: HasComponents, layout: Layout) -> dict[str, Any]:
+    """What the index says of the model besides: which it is of those that look alike.
+
+    Of Stable Diffusion XL also how empty prompts are read, and which numbers a refiner is told.
+    """
+    noted = None if parts.kind is None else parts.kind.to_dict()
+    flags: dict[str, Any] = {} if noted is None else {NOTED: noted}
     if layout is not XL:
-        return {}
-    flags = {ZEROS: parts.force_zeros_for_empty_prompt}
+        return flags
+    flags[ZEROS] = parts.force_zeros_for_empty_prompt
     if parts.pipeline != "StableDiffusionXLPipeline":
         flags["requires_aesthetics_score"] = parts.text_encoder is None
     return flags

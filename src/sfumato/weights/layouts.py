@@ -13,6 +13,7 @@ from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.dpt import DPTConfig
 from sfumato.models.mmdit import MMDiTConfig
 from sfumato.models.t5 import T5Config
+from sfumato.models.tiny import TinyConfig
 from sfumato.models.unet import UNetConfig
 from sfumato.models.vq import VQConfig
 from sfumato.text.bert import BertTokenizer
@@ -124,7 +125,11 @@ PLAIN: Mapping[str, str] = {
 UNETS: Mapping[str, type] = {"UNet2DConditionModel": UNetConfig, "UNet2DModel": UNetConfig}
 TRANSFORMERS: Mapping[str, type] = {"SD3Transformer2DModel": MMDiTConfig}
 DENOISERS: Mapping[str, type] = {**UNETS, **TRANSFORMERS}
-VAES: Mapping[str, type] = {"AutoencoderKL": AutoencoderConfig, "VQModel": VQConfig}
+VAES: Mapping[str, type] = {
+    "AutoencoderKL": AutoencoderConfig,
+    "VQModel": VQConfig,
+    "AutoencoderTiny": TinyConfig,
+}
 TEXTS: Mapping[str, type] = {
     "CLIPTextModel": CLIPTextConfig,
     "CLIPTextModelWithProjection": CLIPTextConfig,

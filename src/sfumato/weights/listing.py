@@ -137,7 +137,7 @@ def _file(path: Path) -> tuple[str, str]:
 def _folder(path: Path) -> tuple[str, str]:
     """Kind and family of a model's folder, or of that of a part or an adapter."""
     if (path / INDEX).is_file():
-        preset = folder_preset(path)
+        preset, _ = folder_preset(path)
         if preset is None:
             return FOLDER, f"{read_json(path / INDEX).get('_class_name')}, not supported"
         return FOLDER, preset.title

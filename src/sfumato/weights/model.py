@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 
+from sfumato.models.tiny import TinyConfig
 from sfumato.presets import BUILT_IN, PRESETS, VAEConfig
 from sfumato.weights import parts
 from sfumato.weights.detect import DENOISER, DEPTH, PARTS, TEXT, TEXT_2, TEXT_3, VAE, places, spells
@@ -34,6 +35,7 @@ def load_model(
     ema: bool | None = None,
     packed: bool = False,
     t5: str | None = None,
+    preset: str | None = None,
 ) -> Components:
     """Open a model, its networks in `dtype` on `device`.
 
@@ -47,6 +49,7 @@ def load_model(
     prediction: overrides what the source says, see `sfumato.diffusion.prediction`.
     ema:        take the averaged U-Net where a file has both kinds; None does as the model was published.
     packed:     leave in a file what it has in fewer bits than a tensor can, see `safe.fill`; for dtype = None.
+    preset:     the name of its preset, where it looks like several (see `presets.alike`); None goes by names and files.
     t5:         "off" leaves out T5 where the model may lack it; "cpu" leaves a folder's as it is stored, on the CPU.
     Raises FileNotFoundError or ValueError in one line.
     """
@@ -55,10 +58,10 @@ def load_model(
         if ema:
             raise ValueError(f"{path} is a folder, which holds one kind of weights; leave out the wish for averages")
         without, stored = (T5_FOLDERS if t5 == how else () for how in ("off", "cpu"))
-        loaded = load_folder(path, dtype, device, prediction, without=without, stored=stored)
+        loaded = load_folder(path, dtype, device, prediction, without=without, stored=stored, kind=preset)
         return loaded if vae is None else replace(loaded, vae=load_vae(vae, dtype, device, loaded.vae.config))
     wanted = [p for p in PARTS if not (p == VAE and vae is not None) and not (p == TEXT_3 and t5 == "off")]
-    single = load_single(path, dtype, device, prediction, ema, wanted, packed=packed)
+    single = load_single(path, dtype, device, prediction, ema, wanted, packed=packed, kind=preset)
     own = None if vae is None else load_vae(vae, dtype, device, single.preset.vae)
     whole = complete(single, own, base, dtype, device, packed)
     return whole if t5 != "off" else replace(whole, text_encoder_3=None, tokenizer_3=None)
@@ -132,6 +135,7 @@ def complete(
         text_encoder_3=cast("parts.TextEncoder | None", networks.get(TEXT_3)),
         tokenizer_3=third,
         force_zeros_for_empty_prompt=single.preset.force_zeros_for_empty_prompt,
+        kind=single.kind,
     )
 
 
@@ -148,7 +152,8 @@ def load_vae(source: Path | str, dtype: torch.dtype | None, device: torch.device
         weights = open_weights(path)
         there = places(weights.infos)
         place = there.get(VAE)
-        known: list[VAEConfig] = [like, *(preset.vae for preset in PRESETS)]
+        tiny = TinyConfig(latent_channels=like.latent_channels)
+        known: list[VAEConfig] = [like, tiny, *(preset.vae for preset in PRESETS)]
         fitting = [c for c in known if place and spells(place.dialect, c) and signature_of(c) == place.signature]
         if place is None or not fitting:
             what = "no autoencoder" if place is None else f"an autoencoder of no known kind {place.signature}"

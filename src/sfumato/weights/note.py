@@ -18,9 +18,10 @@ from sfumato.models.depth import DepthEstimator, DPTProcessorConfig
 from sfumato.models.dpt import DPTConfig
 from sfumato.models.mmdit import MMDiTConfig
 from sfumato.models.t5 import T5Config
+from sfumato.models.tiny import TinyConfig
 from sfumato.models.unet import UNetConfig
 from sfumato.models.vq import VQConfig
-from sfumato.presets import Preset, TextConfig, of_folder
+from sfumato.presets import Kind, Preset, TextConfig, of_folder
 from sfumato.text.bert import BertTokenizer
 from sfumato.text.standard import bert_tokenizer, clip_tokenizer
 from sfumato.text.t5 import T5Tokenizer
@@ -32,7 +33,7 @@ NOTE = "sfumato.model"  # the entry of a file's metadata that holds the configur
 OPENCLIP_PAD = "!"  # id 0, with which the texts of Stable Diffusion 2's tower and its successors are filled up
 # The entries of texts and tokenizers, by their place.
 TEXTS, TOKENIZERS = ("text", "text_2", "text_3"), ("tokenizer", "tokenizer_2", "tokenizer_3")
-ZEROS = "force_zeros_for_empty_prompt"
+ZEROS, KIND = "force_zeros_for_empty_prompt", "preset"
 KINDS: Mapping[type, type[ClipTokenizer] | type[BertTokenizer] | type[T5Tokenizer]] = {
     CLIPTextConfig: ClipTokenizer,
     LDMBertConfig: BertTokenizer,
@@ -45,6 +46,7 @@ CONFIGS: Mapping[str, type] = {
     "SD3Transformer2DModel": MMDiTConfig,
     "AutoencoderKL": AutoencoderConfig,
     "VQModel": VQConfig,
+    "AutoencoderTiny": TinyConfig,
     "CLIPTextModel": CLIPTextConfig,
     "CLIPTextModelWithProjection": CLIPTextConfig,
     "T5EncoderModel": T5Config,
@@ -66,6 +68,7 @@ def describe(parts: HasComponents) -> dict[str, Any]:
         **{name: None if tower is None else tower.config.to_dict() for name, tower in zip(TEXTS, towers, strict=True)},
         **{name: tokenizer_files(one) for name, one in zip(TOKENIZERS, tokenizers, strict=True)},
         ZEROS: parts.force_zeros_for_empty_prompt,
+        KIND: None if parts.kind is None else parts.kind.to_dict(),
         "scheduler": dict(parts.scheduler.config),
         "low_res_scheduler": None if low_res is None else dict(low_res.config),
         "depth_estimator": None if depth is None else depth.config.to_dict(),
@@ -86,13 +89,13 @@ def read_configuration(raw: Mapping[str, Any]) -> Any:
     return CONFIGS[str(name)].from_dict(raw)  # type: ignore[attr-defined]
 
 
-def noted(raw: Mapping[str, Any]) -> Preset:
-    """The preset that `describe` wrote."""
+def noted(raw: Mapping[str, Any], kind: Kind | None = None) -> Preset:
+    """The preset that `describe` wrote; kind: which it is of those that look alike, None as it wrote itself."""
     pipeline = raw["pipeline"]
     texts = tuple(None if raw.get(name) is None else read_configuration(raw[name]) for name in TEXTS)
     spacing = Scheduler.from_config(raw["scheduler"]).spacing
     unet, vae = read_configuration(raw["unet"]), read_configuration(raw["vae"])
-    preset = of_folder(pipeline, unet, vae, texts, raw["scheduler"], spacing)
+    preset = of_folder(pipeline, unet, vae, texts, raw["scheduler"], spacing, kind or Kind.noted(raw.get(KIND)))
     depth = None if raw.get("depth_estimator") is None else read_configuration(raw["depth_estimator"])
     zeros = bool(raw.get(ZEROS, False))
     return replace(preset, low_res_scheduler=raw["low_res_scheduler"], depth=depth, force_zeros_for_empty_prompt=zeros)

@@ -17,20 +17,22 @@ from sfumato.models.depth import DepthEstimator
 from sfumato.models.dpt import DPTConfig
 from sfumato.models.mmdit import MMDiT, MMDiTConfig
 from sfumato.models.t5 import T5Config, T5EncoderModel
+from sfumato.models.tiny import AutoencoderTiny, TinyConfig
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.models.vq import VQConfig, VQModel
-from sfumato.presets import Preset, of_folder
+from sfumato.presets import Kind, Preset, of_folder
 from sfumato.text.towers import TextEncoder, Tokenizer, Towers
 from sfumato.weights.meta import on_meta
 
 Denoiser = UNet | MMDiT
-VAE = AutoencoderKL | VQModel
+VAE = AutoencoderKL | VQModel | AutoencoderTiny
 
 NETWORKS: Mapping[type, Callable[[Any], nn.Module]] = {
     UNetConfig: UNet,
     MMDiTConfig: MMDiT,
     AutoencoderConfig: AutoencoderKL,
     VQConfig: VQModel,
+    TinyConfig: AutoencoderTiny,
     CLIPTextConfig: CLIPTextModel,
     LDMBertConfig: LDMBertModel,
     T5Config: T5EncoderModel,
@@ -57,6 +59,7 @@ class Components:
     pipeline:                the class that `model_index.json` names for such a model.
     depth_estimator:         what a depth model makes its depth with; None where it came without, and for others.
     force_zeros_for_empty_prompt: an empty negative prompt is zeros to the network, see `Towers`.
+    kind:                    which it is of the models that look the same; None where nothing but the scheduler says.
     """
 
     denoiser: Denoiser
@@ -72,6 +75,7 @@ class Components:
     text_encoder_3: TextEncoder | None = None
     tokenizer_3: Tokenizer | None = None
     force_zeros_for_empty_prompt: bool = False
+    kind: Kind | None = None
 
     @property
     def unet(self) -> UNet:
@@ -118,6 +122,8 @@ class HasComponents(Protocol):
     def depth_estimator(self) -> DepthEstimator | None: ...
     @property
     def force_zeros_for_empty_prompt(self) -> bool: ...
+    @property
+    def kind(self) -> Kind | None: ...
 
 
 def collected(parts: HasComponents) -> Components:
@@ -166,5 +172,6 @@ def preset_of(parts: HasComponents) -> Preset:
         tuple(None if encoder is None else encoder.config for encoder in towers_of(parts).encoders),
         parts.scheduler.config,
         parts.scheduler.spacing,
+        parts.kind,
     )
     return replace(preset, depth=None if parts.depth_estimator is None else parts.depth_estimator.config)

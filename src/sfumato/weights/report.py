@@ -16,6 +16,7 @@ from sfumato.files import read_json
 from sfumato.presets import Preset, of_folder, pipelines
 from sfumato.weights.detect import DENOISER, TEXT, VAE, Place, config_of, label, places
 from sfumato.weights.folder import INDEX, weights_file
+from sfumato.weights.kinds import folder_kind
 from sfumato.weights.layouts import ALIASES, LAYOUTS
 from sfumato.weights.note import NOTE, read_configuration
 from sfumato.weights.single import PROJECTION, below, leftovers, needed, recognise, unprojected
@@ -54,6 +55,7 @@ class Report:
     evidence: where the prediction type was read.
     missing:  names that the model needs and the file lacks; unknown: names that no part of the model has.
     absent:   components that the model needs and the file does not have at all.
+    alike:    of models that look alike, what speaks for this one or against it; empty for the usual one.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class Report:
     unknown: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    alike: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON."""
@@ -80,6 +83,7 @@ class Report:
             "title": None if self.preset is None else self.preset.title,
             "prediction": None if self.preset is None else self.preset.prediction,
             "evidence": self.evidence,
+            "alike": self.alike,
             "ema": self.ema,
             "parts": [
                 {"name": p.name, "spelling": p.spelling, "parameters": p.parameters, "dtypes": dict(p.dtypes)}
@@ -141,6 +145,7 @@ def file_report(weights: Weights) -> Report:
         tuple(unknown),
         tuple(part for part in wanted if part not in there) if DENOISER in there else (),
         notes,
+        "" if found.kind is None else str(found.kind),
     )
 
 
@@ -160,15 +165,20 @@ def folder_report(path: Path) -> Report:
             continue  # a folder of settings, such as a feature extractor's
         rows.append(part_report(name, "diffusers", weights.infos.values()))
         size += weights.path.stat().st_size
-    return Report(path, "model", "folder", size, folder_preset(path), "the folder's scheduler", parts=tuple(rows))
+    preset, alike = folder_preset(path)
+    return Report(path, "model", "folder", size, preset, "the folder's scheduler", parts=tuple(rows), alike=alike)
 
 
-def folder_preset(path: Path) -> Preset | None:
-    """The preset of a model folder, from its configurations alone; None for a class that is not known."""
-    name = str(read_json(path / INDEX)["_class_name"])
+def folder_preset(path: Path) -> tuple[Preset | None, str]:
+    """The preset of a model folder, and what speaks for it among those that look alike; from configurations.
+
+    None for a class that is not known.
+    """
+    index = read_json(path / INDEX)
+    name = str(index["_class_name"])
     family = ALIASES.get(name, name)
     if family not in LAYOUTS or family not in pipelines():
-        return None
+        return None, ""
     layout = LAYOUTS[family]
 
     def config(folder: str) -> Any:
@@ -177,9 +187,11 @@ def folder_preset(path: Path) -> Preset | None:
 
     denoiser, vae, texts = config(layout.denoiser), config(layout.vae), tuple(map(config, layout.text_encoders))
     if denoiser is None or vae is None:
-        return None
+        return None, ""
     scheduler = Scheduler.from_pretrained(path)
-    return of_folder(family, denoiser, vae, texts, scheduler.config, scheduler.spacing)
+    kind = folder_kind(path, index, family, (layout.denoiser, denoiser), scheduler.config)
+    preset = of_folder(family, denoiser, vae, texts, scheduler.config, scheduler.spacing, kind)
+    return preset, "" if kind is None else str(kind)
 
 
 def part_report(name: str, spelling: str, infos: Iterable[Info]) -> PartReport:

@@ -12,6 +12,7 @@ from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.dpt import STATES, DPTConfig
 from sfumato.models.mmdit import MMDiTConfig
 from sfumato.models.t5 import T5Config
+from sfumato.models.tiny import TinyConfig
 from sfumato.models.unet import UNetConfig
 from sfumato.models.vq import VQConfig
 from sfumato.weights.source import Info
@@ -99,6 +100,12 @@ def depth_midas(infos: Shapes, prefix: str) -> Signature:
     )
 
 
+def vae_tiny(infos: Shapes, prefix: str) -> Signature:
+    """Latent channels and width of a tiny autoencoder."""
+    width, latent = infos[f"{prefix}decoder.layers.0.weight"].shape[:2]
+    return "tiny", latent, width
+
+
 def table_of(name: str) -> Callable[[Shapes, str], Signature]:
     """The signature of a text tower: the size (rows, width) of its table of embeddings."""
     return lambda infos, prefix: tuple(infos[prefix + name].shape)
@@ -117,6 +124,8 @@ def signature_of(config: Any) -> Signature:
     if isinstance(config, AutoencoderConfig | VQConfig):
         kind = "VQ" if isinstance(config, VQConfig) else "KL"
         return kind, config.latent_channels, config.block_out_channels[0], len(config.block_out_channels)
+    if isinstance(config, TinyConfig):
+        return "tiny", config.latent_channels, config.decoder_block_out_channels[0]
     if isinstance(config, CLIPTextConfig):
         return config.vocab_size, config.hidden_size
     if isinstance(config, LDMBertConfig | T5Config):

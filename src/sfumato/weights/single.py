@@ -27,7 +27,8 @@ from sfumato.diffusion.prediction import get_prediction
 from sfumato.diffusion.scheduler import Scheduler
 from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.depth import DepthEstimator
-from sfumato.presets import SINGLE, Preset
+from sfumato.presets import SINGLE, Kind, Preset, look_alikes
+from sfumato.presets.alike import kind_of
 from sfumato.weights import compvis
 from sfumato.weights.detect import (
     DENOISER,
@@ -45,7 +46,8 @@ from sfumato.weights.detect import (
     text_of,
 )
 from sfumato.weights.keymap import LazyTensors, listed
-from sfumato.weights.note import NOTE, depth_of, describe, noted, read_processor, read_tokenizer
+from sfumato.weights.kinds import file_kind, file_names
+from sfumato.weights.note import KIND, NOTE, depth_of, describe, noted, read_processor, read_tokenizer
 from sfumato.weights.parts import HasComponents, Tokenizer, network, preset_of, towers_of
 from sfumato.weights.safe import fill, write_tensors
 from sfumato.weights.source import Weights, open_weights
@@ -56,7 +58,10 @@ PROJECTION = "text_projection.weight"
 
 @dataclass(frozen=True)
 class Single:
-    """What was read from one file: its preset, the networks that it holds by component name, tokenizers by place."""
+    """What was read from one file: its preset, the networks that it holds by component name, tokenizers by place.
+
+    kind: see `Found`.
+    """
 
     path: Path
     preset: Preset
@@ -64,6 +69,7 @@ class Single:
     tokenizers: tuple[Tokenizer | None, ...]
     scheduler: Scheduler
     low_res_scheduler: Scheduler | None
+    kind: Kind | None = None
 
     @property
     def missing(self) -> list[str]:
@@ -85,6 +91,7 @@ def load_single(
     only: Sequence[str] = PARTS,
     presets: Sequence[Preset] = SINGLE,
     packed: bool = False,
+    kind: str | None = None,
 ) -> Single:
     """Read a model file: safetensors, a pickled checkpoint or GGUF, told by content.
 
@@ -93,10 +100,11 @@ def load_single(
     ema:        take the averaged U-Net where the file has both; None does as the model was published.
     only:       the components to read.
     packed:     leave what is no view of the file in it, see `safe.fill`.
+    kind:       the name of its preset, where it looks like several.
     Raises FileNotFoundError, or ValueError for a file that is unsafe, damaged, or no known model.
     """
     weights = open_weights(path)
-    found = recognise(weights, prediction, presets)
+    found = recognise(weights, prediction, presets, kind)
     preset = found.preset
     if preset is None:
         raise ValueError(f"{path}: {unknown(found)}")
@@ -119,6 +127,7 @@ def load_single(
         tuple(read_tokenizer(weights, text_of(preset, part), i) for i, part in enumerate(TOWERS)),
         Scheduler.from_config(preset.scheduler),
         None if preset.low_res_scheduler is None else Scheduler.from_config(preset.low_res_scheduler),
+        found.kind,
     )
 
 
@@ -145,24 +154,31 @@ def save_single(parts: HasComponents, path: Path | str, dtype: torch.dtype | Non
     write_tensors(path, LazyTensors(tensors), dtype, metadata)
 
 
-def recognise(weights: Weights, prediction: str | None = None, presets: Sequence[Preset] = SINGLE) -> Found:
-    """What a file holds, with the configurations of its own note where it has one.
+def recognise(
+    weights: Weights, prediction: str | None = None, presets: Sequence[Preset] = SINGLE, kind: str | None = None
+) -> Found:
+    """What a file holds, with the configurations of its own note where it has one; kind: see `load_single`.
 
-    Raises ValueError when the note cannot be read or does not belong to the weights.
+    Raises ValueError when the note cannot be read or does not belong to the weights, and for another model's kind.
     """
     note = weights.metadata.get(NOTE)
     if note is None:
-        return identify(weights, prediction, presets)
+        return file_kind(weights, identify(weights, prediction, presets), presets, kind)
     try:
-        preset = noted(json.loads(note))
+        raw = json.loads(note)
+        preset, own = noted(raw), Kind.noted(raw.get(KIND))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{weights.path}: its note {NOTE!r} is damaged ({error}); write the file again") from None
+    among = look_alikes(preset.pipeline, preset.denoiser, preset.scheduler)
+    settled = kind_of(among, file_names(weights), preset.scheduler, kind, own)
+    preset = noted(raw, settled)
     if prediction is not None:
         preset = preset.predicting(get_prediction(prediction).name)
     found = identify(weights, preset.prediction, (preset,))
     if found.preset is None:
         raise ValueError(f"{weights.path}: its note {NOTE!r} describes another model than its weights; write it again")
-    return replace(found, evidence=found.evidence if prediction is not None else "the file's own configuration")
+    evidence = found.evidence if prediction is not None else "the file's own configuration"
+    return replace(found, evidence=evidence, kind=settled)
 
 
 def read_part(
