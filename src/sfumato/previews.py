@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sfumato.images import to_pil
 from sfumato.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from sfumato.models.tiny import AutoencoderTiny
 from sfumato.models.vq import VQModel
 
 
@@ -65,7 +66,7 @@ class Preview:
     Either way as large as the finished picture.
     """
 
-    def __init__(self, vae: AutoencoderKL | VQModel) -> None:
+    def __init__(self, vae: AutoencoderKL | VQModel | AutoencoderTiny) -> None:
         self.vae = vae
         self.factors = factors_of(vae.config)
 

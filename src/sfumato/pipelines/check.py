@@ -14,6 +14,7 @@ from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.models.bert import LDMBertConfig
 from sfumato.models.classes import ClassEmbedderConfig
 from sfumato.models.clip import CLIPTextConfig
+from sfumato.models.tiny import TinyConfig
 from sfumato.models.unet import UNetConfig
 from sfumato.pipelines import sizes
 from sfumato.pipelines.fields import MAX_SIDE, stand_in
@@ -193,6 +194,11 @@ def size(request: Request, preset: Preset) -> dict[str, int]:
 
 def check(request: Request, preset: Preset) -> None:
     """ValueError where a settled request does not fit the model."""
+    if preset.task == "instruct" and isinstance(preset.vae, TinyConfig):
+        raise ValueError(
+            f"{preset.title} is shown what its own autoencoder says of an image, before scaling, which a tiny one does "
+            "not know; leave out vae"
+        )
     for name in ("width", "height"):
         side, f = getattr(request, name), preset.grain
         if side % f:

@@ -21,6 +21,7 @@ from sfumato.diffusion.table import ZERO_SNR, TableScheduler
 from sfumato.models.autoencoder import AutoencoderConfig
 from sfumato.models.mmdit import MMDiT
 from sfumato.models.perturb import IDENTITY, blocks, self_attentions
+from sfumato.models.tiny import TinyConfig
 from sfumato.models.vq import VQConfig
 from sfumato.pipelines.fields import typed
 from sfumato.pipelines.request import Request
@@ -107,7 +108,8 @@ def check_guidance(request: Request, preset: Preset, denoiser: Denoiser, grid: S
     if task == "instruct" and request.guidance_scale == 0 and first_only:
         raise ValueError(f"{first_only[0]} needs what the network says to the prompt; give a guidance_scale above 0")
     threshold = request.dynamic_threshold
-    if threshold is not None and len(threshold) == 1 and isinstance(preset.vae, AutoencoderConfig | VQConfig):
+    latent = isinstance(preset.vae, AutoencoderConfig | VQConfig | TinyConfig)
+    if threshold is not None and len(threshold) == 1 and latent:
         raise ValueError(
             f"dynamic_threshold = {threshold[0]:g} is for pixels from -1 to 1, and {name} makes latents; "
             f"give their range as well, e.g. {threshold[0]:g},4"

@@ -11,6 +11,7 @@ from sfumato.diffusion.path import Point
 from sfumato.diffusion.samplers import Sampler, evaluations
 from sfumato.diffusion.samplers.base import Noise, Steps
 from sfumato.diffusion.scheduler import Plan, Scheduler
+from sfumato.models.tiny import TinyConfig
 from sfumato.presets import Preset
 
 
@@ -66,7 +67,9 @@ def check_share(grid: Sequence[Point], share: float, scheduler: Scheduler) -> in
 
 def check_pair(first: Preset, second: Preset, name: str) -> None:
     """ValueError unless the second model goes on with the first one's latents."""
-    kinds = [(p.vae.latent_channels, p.vae.factor, p.vae.scaling_factor) for p in (first, second)]
+    # A tiny autoencoder says nothing of the scale: its latents are scaled.
+    scaled = not any(isinstance(p.vae, TinyConfig) for p in (first, second))
+    kinds = [(p.vae.latent_channels, p.vae.factor, p.vae.scaling_factor * scaled) for p in (first, second)]
     if kinds[0] != kinds[1] or second.task != "text":
         raise ValueError(
             f"refiner = {name} is {second.title}, which does not go on with the latents of {first.title}; "

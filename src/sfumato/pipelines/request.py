@@ -294,7 +294,9 @@ class Request(BaseModel):
         Flag(("-m",), "MODEL"),
     ] = "mini"
     vae: Annotated[
-        str | None, Field(min_length=1, description="Other autoencoder: file or folder."), Flag(value="FILE")
+        str | None,
+        Field(min_length=1, description="Other autoencoder, also a tiny one (TAESD; none ships here): file or folder."),
+        Flag(("--tiny-vae",), "FILE"),
     ] = None
     base: Annotated[
         str | None,
