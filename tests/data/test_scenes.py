@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from sfumato.data.icons import IconSet
+from sfumato.data.icons import Icon, IconSet
 from sfumato.data.scenes import (
     GROUNDS,
     HUES,
@@ -15,6 +17,7 @@ from sfumato.data.scenes import (
     concepts,
     dominating_hue,
     never_composed,
+    other_concepts,
     rotate_hue,
 )
 from sfumato.data.words import a, plural
@@ -56,6 +59,12 @@ def test_words() -> None:
     assert {noun: plural(noun) for noun in wanted} == wanted
     assert plural("snowman") == "snowmen" and plural("wine glass") == "wine glasses"
     assert a("umbrella") == "an umbrella" and a("unicorn") == "a unicorn" and a("green scissors") == "green scissors"
+    assert [a(noun) for noun in ("chopsticks", "octopus", "dress", "iris")] == [
+        "chopsticks",
+        "an octopus",
+        "a dress",
+        "an iris",
+    ]
 
 
 def test_held_out_rule(discs: IconSet) -> None:
@@ -66,6 +75,9 @@ def test_held_out_rule(discs: IconSet) -> None:
     assert never_composed(scene(discs, "apple", colour="red", ground="dark blue"))
     assert not never_composed(scene(discs, "apple", colour="green", ground="blue"))
     assert not never_composed(scene(discs, "dog", "bus", layout="beside"))
+    assert never_composed(scene(discs, "standing cat", colour="purple"))
+    assert never_composed(scene(discs, "racing car", "standing dog", layout="beside"))
+    assert not never_composed(scene(discs, "pineapple", colour="blue"))
 
 
 def test_random_scenes_hold_the_combinations_out_of_captions(discs: IconSet) -> None:
@@ -79,6 +91,42 @@ def test_random_scenes_hold_the_combinations_out_of_captions(discs: IconSet) -> 
     assert {s.layout for s in scenes} == {"single", "corner", "beside", "above", "copies"}
     assert {s.ground for s in scenes} == set(GROUNDS)
     assert any("feline" in c for c in captions)
+
+
+def test_further_concepts_are_drawn_by_their_share(discs: IconSet) -> None:
+    row = discs.by_code()[next(iter(concepts()))]["3d"]
+    codes = {
+        "1F9A6": "otter",
+        "1F408": "cat",
+        "1F1E6": "letter",
+        "1F3FB": "tone",
+        "1F468-1F33E": "farmer",
+        "1F499": "blue heart",
+    }
+    table = discs.by_code() | {
+        code: {style: replace(row, code=code, label=label) for style in ("3d", "flat", "bold")}
+        for code, label in codes.items()
+    }
+
+    class More(IconSet):
+        def __init__(self) -> None:
+            self.icons, self.styles = discs.icons, discs.styles
+
+        def by_code(self) -> dict[str, dict[str, Icon]]:
+            return table
+
+    others = other_concepts(More())
+    assert others == {"1F9A6": "otter", "1F408": "standing cat", "1F499": "blue heart"}
+    composer, rng = Composer(More(), others=others, beyond=0.4, wander=0.0), np.random.default_rng(0)
+    scenes = [composer.sample(rng) for _ in range(3000)]
+    things = [thing for s in scenes for thing in s.things]
+    share = sum(thing.noun in others.values() for thing in things) / len(things)
+    print(f"{share:.3f} of the things are others")
+    assert abs(share - 0.4) < 0.03
+    assert not [s for s in scenes if "purple standing cat" in s.caption]
+    assert {t.colour for t in things if t.noun == "blue heart"} == {""} and any("otter" in s.caption for s in scenes)
+    still = Scene((things[0],), "3d", "white")
+    assert np.array_equal(composer.draw(still, rng), composer.draw(still, rng))
 
 
 def test_same_seed_same_picture(discs: IconSet) -> None:

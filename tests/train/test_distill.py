@@ -19,12 +19,12 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
-from sfumato.data.words import plural
+from sfumato.data.words import plain_words, plural
 from sfumato.models.clip import CLIPTextConfig, CLIPTextModel
 from sfumato.text.tokenizer import ClipTokenizer, train_vocabulary
 from sfumato.train import distill as module
 from sfumato.train.distill import DistillConfig, batch_rows, distill, learning_rate, make_lessons
-from sfumato.train.phrases import Corpus, build_corpus, clean, foreign_names, misspell, whole_words
+from sfumato.train.phrases import Corpus, build_corpus, foreign_names, misspell, whole_words
 from sfumato.train.teacher import SentenceModel
 
 WORDS = ("dog", "cat", "apple", "car", "red", "blue", "green", "puppy", "bike", "gift", "tree", "house", "left", "two")
@@ -195,7 +195,7 @@ def test_corpus() -> None:
         "keys",
         "hot dogs",
     ]
-    assert clean("Snow_man’s  №1: Hut") == "snow man's 1 hut"
+    assert plain_words("Snow_man’s  №1: Hut") == "snow man's 1 hut"
     assert whole_words(["[CLS]", "the", "##ing", "x", "dog", "1990", "é"]) == ["the", "dog"]
 
 

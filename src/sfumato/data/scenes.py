@@ -11,6 +11,7 @@ composition. The rule looks at the finished caption's content, after every recol
 from __future__ import annotations
 
 import colorsys
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -21,7 +22,7 @@ import yaml
 from PIL import Image
 
 from sfumato.data.icons import SIZE, Icon, IconSet
-from sfumato.data.words import a, plural
+from sfumato.data.words import a, plain_words, plural
 
 DEFAULT_STYLE = "3d"
 
@@ -53,6 +54,29 @@ def concepts() -> dict[str, str]:
     text = resources.files(__package__).joinpath("concepts.yaml").read_text(encoding="utf-8")
     groups = yaml.load(text, yaml.BaseLoader)  # code points such as 2615 stay text
     return {code: noun for group in groups.values() for code, noun in group.items()}
+
+
+#: What captions call the emoji whose own name a concept of the list has.
+SECOND_NAMES = {
+    "1F401": "standing mouse", "1F404": "standing cow", "1F405": "standing tiger", "1F407": "standing rabbit",
+    "1F408": "standing cat", "1F40E": "standing horse", "1F412": "standing monkey", "1F415": "standing dog",
+    "1F416": "standing pig", "1F40B": "big whale", "1F41F": "plain fish", "1F368": "sundae", "2602": "open umbrella",
+    "2603": "snowman in the snow",
+}  # fmt: skip
+SKIN_TONES, LETTERS = range(0x1F3FB, 0x1F400), range(0x1F1E6, 0x1F200)
+
+
+def other_concepts(icons: IconSet, least: int = 3) -> dict[str, str]:
+    """Code point -> noun for the emoji beyond the model's own list that at least so many sets draw.
+
+    Sequences (flags, professions, skin tones) and the letters that flags are spelled with are left out.
+    """
+    own, found = concepts(), {}
+    for code, row in icons.by_code().items():
+        if code in own or "-" in code or len(row) < least or int(code, 16) in {*SKIN_TONES, *LETTERS}:
+            continue
+        found[code] = SECOND_NAMES.get(code) or plain_words(next(iter(row.values())).label)
+    return found
 
 
 @dataclass(frozen=True)
@@ -109,17 +133,23 @@ class Scene:
 
 
 def never_composed(scene: Scene) -> bool:
-    """Whether the finished scene shows a combination that is kept out of the training data."""
-    nouns = frozenset(t.noun for t in scene.things)
-    if any(pair <= nouns for pair in HELD_OUT_PAIRS):
+    """Whether the finished scene shows a combination that is kept out of the training data.
+
+    A noun of several words counts for each of them: a purple standing cat is a purple cat.
+    """
+    words = [thing.noun.split() for thing in scene.things]
+    if any(
+        {first, second} in HELD_OUT_PAIRS for a, b in itertools.combinations(words, 2) for first in a for second in b
+    ):
         return True
     for thing in scene.things:
-        if (thing.colour, thing.noun) in HELD_OUT_COLOURS:
-            return True
-        # An apple whose colour is not named is still red to the eye.
-        colour = thing.colour or ("red" if thing.noun == "apple" else "")
-        if (colour, thing.noun, scene.ground.rpartition(" ")[2]) in HELD_OUT_GROUNDS:
-            return True
+        for word in thing.noun.split():
+            if (thing.colour, word) in HELD_OUT_COLOURS:
+                return True
+            # An apple whose colour is not named is still red to the eye.
+            colour = thing.colour or ("red" if thing.noun == "apple" else "")
+            if (colour, word, scene.ground.rpartition(" ")[2]) in HELD_OUT_GROUNDS:
+                return True
     return False
 
 
@@ -156,6 +186,9 @@ class Composer:
     nouns:    code point -> noun; the built-in list by default.
     synonyms: noun -> words that captions may use in its place (seldom); empty by default.
     weights:  layout -> share of scenes.
+    others:   code point -> noun of further concepts, none of which is in `nouns`; `beyond` is the share of things
+              that are drawn from them.
+    wander:   how far places and sizes vary, as a share of what they may.
     styled:   share of scenes in a named style, evenly over all styles; the rest is in the default style, unnamed.
     """
 
@@ -166,17 +199,25 @@ class Composer:
         synonyms: Mapping[str, Sequence[str]] | None = None,
         weights: Mapping[str, float] | None = None,
         styled: float = 0.6,
+        others: Mapping[str, str] | None = None,
+        beyond: float = 0.0,
+        wander: float = 1.0,
     ):
-        self.nouns = dict(nouns or concepts())
+        own = dict(nouns or concepts())
+        self.nouns = {**own, **(others or {})}
+        self.beyond, self.wander = beyond if others else 0.0, wander
         self.synonyms = {noun: tuple(words) for noun, words in (synonyms or {}).items()}
         self.weights = dict(weights or {"single": 0.7, "corner": 0.08, "beside": 0.1, "above": 0.05, "copies": 0.07})
         self.styled = styled
         table = icons.by_code()
         self.styles = icons.styles
-        self.by_style: dict[str, list[tuple[str, Icon]]] = {
-            style: [(noun, table[code][style]) for code, noun in self.nouns.items() if style in table.get(code, {})]
-            for style in self.styles
-        }
+        self.by_style, self.other_by_style = (
+            {
+                style: [(noun, table[code][style]) for code, noun in part.items() if style in table.get(code, {})]
+                for style in self.styles
+            }
+            for part in (own, others or {})
+        )
         self._pixels: dict[Icon, np.ndarray] = {}
         self._hues: dict[Icon, float | None] = {}
 
@@ -191,11 +232,12 @@ class Composer:
         return self._pixels[icon]
 
     def _thing(self, rng: np.random.Generator, style: str) -> Thing:
-        noun, icon = self.by_style[style][rng.integers(len(self.by_style[style]))]
+        known = self.other_by_style if self.beyond and rng.random() < self.beyond else self.by_style
+        noun, icon = known[style][rng.integers(len(known[style]))]
         self.pixels(icon)
         hue, words = self._hues[icon], self.synonyms.get(noun, ())
         colour, turn = "", 0.0
-        if hue is not None:
+        if hue is not None and not {*noun.split()} & {*HUES}:  # a blue heart is called one already
             own = min(HUES, key=lambda name: abs((HUES[name] - hue + 180) % 360 - 180))
             if rng.random() < 0.45:
                 colour = list(HUES)[rng.integers(len(HUES))]
@@ -236,7 +278,10 @@ class Composer:
 
     def draw(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
         """The scene's picture, uint8 (128, 128, 3); places and sizes vary a little with `rng`."""
-        jitter = lambda spread: int(rng.integers(-spread, spread + 1))  # noqa: E731
+
+        def jitter(spread: int) -> int:
+            return round(self.wander * int(rng.integers(-spread, spread + 1)))
+
         near, far, middle = SIZE * 9 // 32, SIZE * 23 // 32, SIZE // 2
         if scene.layout == "single":
             spots = [(middle + jitter(4), middle + jitter(4), SIZE * 13 // 16 + jitter(6))]

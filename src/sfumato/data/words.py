@@ -26,7 +26,12 @@ def plural(noun: str) -> str:
 
 def a(noun_phrase: str) -> str:
     """The phrase with its indefinite article, if it takes one."""
-    if noun_phrase.split()[-1] in PLURAL_ONLY:
+    if noun_phrase.split()[-1] in PLURAL_ONLY or re.search(r"[^isu]s$", noun_phrase):
         return noun_phrase
     vowel = noun_phrase[0] in "aeio" or noun_phrase.startswith("umbrella")
     return ("an " if vowel else "a ") + noun_phrase
+
+
+def plain_words(name: str) -> str:
+    """A label or search word as it would stand in a caption: lower case, blanks for underscores."""
+    return " ".join(re.sub(r"[^a-z0-9' -]", " ", name.lower().replace("_", " ").replace("’", "'")).split())

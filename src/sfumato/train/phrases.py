@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sfumato.data.icons import plain_code, read_emoji
-from sfumato.data.words import plural
+from sfumato.data.words import plain_words, plural
 
 COLOURS = (
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray", "cyan",
@@ -166,7 +166,9 @@ def _misspelt(draw: random.Random, labels: Sequence[str], count: int, right: set
 
 def foreign_names(packages: Path, languages: Iterable[str]) -> dict[str, str]:
     """Emoji names in other languages -> English label, of the npm package emojibase-data; of two alike the first."""
-    english = {code: clean(e.label) for code, e in read_emoji(packages).items() if not e.label.startswith(OTHER_SIGNS)}
+    english = {
+        code: plain_words(e.label) for code, e in read_emoji(packages).items() if not e.label.startswith(OTHER_SIGNS)
+    }
     found: dict[str, str] = {}
     for language in languages:
         file = packages / "emojibase-data" / language / "data.json"
@@ -183,19 +185,14 @@ def foreign_names(packages: Path, languages: Iterable[str]) -> dict[str, str]:
 def emoji_names(packages: Path) -> tuple[list[str], list[str]]:
     """Emoji labels, and their search words, of the npm packages in `packages`; no flags and letters."""
     kept = [e for e in read_emoji(packages).values() if not e.label.startswith(OTHER_SIGNS)]
-    labels = dict.fromkeys(clean(e.label) for e in kept)
-    tags = dict.fromkeys(clean(tag) for e in kept for tag in e.tags)
+    labels = dict.fromkeys(plain_words(e.label) for e in kept)
+    tags = dict.fromkeys(plain_words(tag) for e in kept for tag in e.tags)
     return [label for label in labels if label], [tag for tag in tags if tag and tag not in labels]
 
 
 def whole_words(vocabulary: Iterable[str]) -> list[str]:
     """The lower-case whole words of a WordPiece vocabulary, in its order; no fragments, numbers or signs."""
     return [piece for piece in vocabulary if re.fullmatch(r"[a-z]{2,}", piece)]
-
-
-def clean(name: str) -> str:
-    """A label or search word as it would stand in a caption: lower case, blanks for underscores."""
-    return " ".join(re.sub(r"[^a-z0-9' -]", " ", name.lower().replace("_", " ").replace("’", "'")).split())
 
 
 def _weights(labels: Sequence[str], tags: Sequence[str], common: Sequence[str], near: Sequence[str]) -> dict[str, int]:

@@ -9,7 +9,7 @@ and autoencoder from another model instead of making them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_
 from torch import nn
 
 from sfumato.data.icons import IconSet
-from sfumato.data.scenes import Composer
+from sfumato.data.scenes import Composer, other_concepts
 from sfumato.diffusion.path import FlowPath, VPPath
 from sfumato.diffusion.scheduler import Scheduler
 from sfumato.files import read_json, write_json
@@ -61,10 +61,21 @@ class Part(BaseModel):
 
 
 class Scenes(Part):
-    """How scenes are drawn: layout -> share, and the share of scenes in a named style."""
+    """How scenes are drawn: layout -> share, the share of scenes in a named style, the share of things beyond the
+    model's own list of concepts, and how far places and sizes vary."""
 
     layouts: dict[str, float] = {"single": 0.72, "corner": 0.06, "beside": 0.1, "above": 0.05, "copies": 0.07}
     styled: float = 0.6
+    beyond: float = 0.0
+    wander: float = 1.0
+
+    def composer(self, icons: IconSet, nouns: Mapping[str, str] | None = None) -> Composer:
+        """What draws them; nouns: code point -> noun in the place of the model's own list."""
+        others = other_concepts(icons) if self.beyond and nouns is None else None
+        return Composer(
+            icons, nouns, weights=self.layouts, styled=self.styled, others=others, beyond=self.beyond,
+            wander=self.wander,
+        )  # fmt: skip
 
 
 class VAEPart(Part):
@@ -214,7 +225,7 @@ def make_vae(part: VAEPart, icons: IconSet, folder: Path, progress: Progress | N
     """The autoencoder, trained on the whole icon set unless the folder has it."""
     if not (folder / "model.safetensors").exists():
         labels = {code: next(iter(row.values())).label for code, row in icons.by_code().items() if len(row) > 2}
-        composer = Composer(icons, labels, weights=part.scenes.layouts, styled=part.scenes.styled)
+        composer = part.scenes.composer(icons, labels)
         config = AutoencoderConfig.from_dict(part.config)
         keep_part(folder, train_vae(config, composer, part.loop, folder, part.loss, part.crop, part.pool, progress))
     return open_part(folder, AutoencoderConfig.from_dict, AutoencoderKL)
@@ -228,7 +239,7 @@ def make_cache(
     part, half = recipe.cache, recipe.denoiser[0].half > 0
     for tower in towers.present:
         tower.to(device)
-    composer = Composer(icons, weights=part.scenes.layouts, styled=part.scenes.styled)
+    composer = part.scenes.composer(icons)
     vae = vae.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     build_cache(folder, composer, vae, towers, part.shards, part.per_shard, progress=progress, half=half)
 
