@@ -5,7 +5,12 @@ from __future__ import annotations
 import re
 
 IRREGULAR = {"mouse": "mice", "fish": "fish", "leaf": "leaves", "snowman": "snowmen", "tomato": "tomatoes"}
-PLURAL_ONLY = frozenset({"grapes", "cherries", "glasses", "scissors"})
+#: What names say in the plural of one thing.
+PLURAL_ONLY = frozenset(
+    "grapes cherries glasses scissors arrows beans blueberries books briefs bubbles chains chopsticks clothes eyes "
+    "fingers fireworks flags footprints fries gloves goggles hands hearts houses jeans lungs maracas mugs notes numbers "
+    "pancakes peanuts phones shoes shorts socks sparkles stars sunglasses swords symbols tickets".split()
+)
 
 
 def plural(noun: str) -> str:
@@ -26,7 +31,8 @@ def plural(noun: str) -> str:
 
 def a(noun_phrase: str) -> str:
     """The phrase with its indefinite article, if it takes one."""
-    if noun_phrase.split()[-1] in PLURAL_ONLY or re.search(r"[^isu]s$", noun_phrase):
+    head = re.split(r" (?:with|of|in|on|and) ", noun_phrase)[0]
+    if head.split()[-1] in PLURAL_ONLY:
         return noun_phrase
     vowel = noun_phrase[0] in "aeio" or noun_phrase.startswith("umbrella")
     return ("an " if vowel else "a ") + noun_phrase
