@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import sfumato
 from sfumato.pipelines import doors_sd3
@@ -176,6 +176,28 @@ def test_what_does_not_fit_is_said(door: Any, told: dict[str, Any], message: str
     assert "\n" not in str(error.value)
 
 
-def test_latents_begin_text_to_image_alone(door: Any, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="give latents as the image"):
-        door(IMAGE)(PROMPT, image=picture(), latents=torch.zeros(1, 16, 16, 16))
+def test_image_to_image_goes_on_with_latents(door: Any, theirs: Any) -> None:
+    """Given latents are what the steps begin with, as in diffusers; the image is not looked at then."""
+    import diffusers
+
+    latents = torch.randn(1, 16, 16, 16, generator=seeded()) * 0.8
+    both = {**TEXTS, "image": picture(), "strength": 0.6, "latents": latents, "output_type": "np"}
+    other = diffusers.StableDiffusion3Img2ImgPipeline.from_pipe(theirs)
+    compare("latents", door(IMAGE)(**both, generator=seeded()), other(**both, height=64, width=64, generator=seeded()))
+    with pytest.raises(ValueError, match=r"latents of shape \(1, 16, 8, 8\); this call needs \(1, 16, 16, 16\)"):
+        door(IMAGE)(PROMPT, image=picture(), latents=torch.zeros(1, 16, 8, 8))
+
+
+def test_learned_words_of_the_clip_towers(door: Any, tmp_path: Path) -> None:
+    """A file for both towers changes what they say, and nothing of T5; forgotten, all is as before."""
+    content = {name: torch.randn((2, width), generator=seeded()) for name, width in (("clip_l", 16), ("clip_g", 24))}
+    save_file(content, tmp_path / "mood.safetensors")
+    pipe = door(TEXT)
+    before, _, pooled, _ = pipe.encode_prompt("a mood cat", do_classifier_free_guidance=False)
+    pipe.load_textual_inversion(tmp_path / "mood.safetensors")
+    after, _, other, _ = pipe.encode_prompt("a mood cat", do_classifier_free_guidance=False)
+    clip = pipe.tokenizer.max_length
+    assert not torch.equal(after[:, :clip], before[:, :clip]) and not torch.equal(other, pooled)
+    assert torch.equal(after[:, clip:], before[:, clip:])
+    pipe.unload_textual_inversion()
+    assert torch.equal(pipe.encode_prompt("a mood cat", do_classifier_free_guidance=False)[0], before)

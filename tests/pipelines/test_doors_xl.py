@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import sfumato
 from sfumato.pipelines import doors_xl
@@ -109,10 +110,40 @@ def test_parts_go_from_door_to_door(folders: Folders) -> None:
     other = sfumato.StableDiffusionXLImg2ImgPipeline(**{k: v for k, v in base.components.items() if v is not None})
     assert other.unet is base.unet and other.tokenizer_2 is base.tokenizer_2
     assert sfumato.StableDiffusionXLInpaintPipeline.from_pipe(base).vae is base.vae
-    with pytest.raises(ValueError, match="this front door takes no learned words"):
-        base.load_textual_inversion("words.pt")
     with pytest.raises(AttributeError, match="not a transformer"):
         _ = base._pipe.transformer
+
+
+def test_learned_words_of_two_towers(folders: Folders, peer: Peer, tmp_path: Path) -> None:
+    """As notebooks load them: vectors for each text encoder; and a file with both. Then they are forgotten."""
+    content = {name: torch.randn((2, width), generator=seeded()) for name, width in (("clip_l", 16), ("clip_g", 24))}
+    save_file(content, tmp_path / "mood.safetensors")
+    call = {**TEXTS, **SIZE, "prompt": "a mood cat", "output_type": "np"}
+    ours, whole, theirs = door(BASE, folders[BASE]), door(BASE, folders[BASE]), peer(BASE, BASE)
+    plain = ours(**call, generator=seeded()).images
+    for pipe in (ours, theirs):
+        first = {"text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer}
+        second = {"text_encoder": pipe.text_encoder_2, "tokenizer": pipe.tokenizer_2}
+        pipe.load_textual_inversion(content["clip_l"], token="mood", **first)
+        pipe.load_textual_inversion(content["clip_g"], token="mood", **second)
+    whole.load_textual_inversion(str(tmp_path / "mood.safetensors"))
+    expected = theirs(**call, generator=seeded())
+    for pipe in (ours, whole):
+        compare("learned words", pipe(**call, generator=seeded()), expected)
+        assert np.abs(pipe(**call, generator=seeded()).images - plain).max() > 0.001
+        pipe.unload_textual_inversion("mood")
+        assert np.array_equal(pipe(**call, generator=seeded()).images, plain)
+    with pytest.raises(ValueError, match="embedding is an embedding for one text tower; this model reads with two"):
+        ours.load_textual_inversion(content["clip_l"], token="mood")
+    with pytest.raises(ValueError, match="give this door's text_encoder or text_encoder_2"):
+        ours.load_textual_inversion(content["clip_l"], token="mood", text_encoder=theirs.text_encoder)
+    with pytest.raises(ValueError, match="come without its name; give token"):
+        ours.load_textual_inversion(content["clip_l"], text_encoder=ours.text_encoder)
+    with pytest.raises(ValueError, match="vectors of 24 numbers; this text encoder reads 16"):
+        ours.load_textual_inversion(content["clip_g"], token="mood", text_encoder=ours.text_encoder)
+    refiner = door(REFINER, folders[REFINER])
+    refiner.load_textual_inversion(tmp_path / "mood.safetensors", token="moods")
+    assert refiner.tokenizer is None and "moods" in refiner.tokenizer_2.expansions
 
 
 def test_what_a_door_saves_opens_again(folders: Folders, tmp_path: Path) -> None:

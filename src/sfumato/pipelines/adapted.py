@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from sfumato.models.clip import CLIPTextModel
 from sfumato.text.tokenizer import ClipTokenizer
-from sfumato.text.towers import TextEncoder
-from sfumato.weights.adapters import Adapter, AdapterHost, EmbeddingHost, read_adapter, read_embedding
-from sfumato.weights.adapters.inversion import Embedding
+from sfumato.text.towers import Clip, Towers
+from sfumato.weights.adapters import Adapter, AdapterHost, Lexicon, read_adapter
+from sfumato.weights.adapters.inversion import Embedding, share
 from sfumato.weights.hub import Kind, fetch, find_file, parse_id
 from sfumato.weights.parts import Denoiser
 
@@ -18,31 +17,31 @@ Strengths = Mapping[str, float]
 
 
 class Adapted:
-    """What a denoiser, a text encoder and its tokenizer wear; `encoders` are all that there are, by place, or one.
+    """What a denoiser, the text encoders and their tokenizers wear.
 
-    loaded: adapters by name; active: those that count, with their strengths; fused: what stays on whatever is active.
+    loaded:  adapters by name; active: those that count, with their strengths; fused: what stays on whatever is active.
+    learned: words, each with the place of the text encoder that knows it.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        text_encoder: CLIPTextModel,
-        tokenizer: ClipTokenizer,
-        encoders: Sequence[TextEncoder | None] = (),
-    ) -> None:
-        self.parts = denoiser, text_encoder, tokenizer
-        self.host = AdapterHost(denoiser, *(encoders or (text_encoder,)))
-        self.words = EmbeddingHost(tokenizer, text_encoder)
+    def __init__(self, denoiser: Denoiser, towers: Towers) -> None:
+        self.parts = denoiser, towers
+        self.host = AdapterHost(denoiser, *towers.encoders)
+        self.words = Lexicon(towers)
         self.loaded: dict[str, Adapter] = {}
         self.active: dict[str, float] = {}
         self.fused: dict[str, tuple[Adapter, float]] = {}
         self.enabled = True
-        self.learned: tuple[Embedding, ...] = ()
+        self.learned: tuple[tuple[int, Embedding], ...] = ()
+
+    def tokenizer(self, place: int = 0) -> ClipTokenizer | None:
+        """The tokenizer that knows the learned words of the text encoder at a place; None where that is no CLIP."""
+        host = self.words.hosts.get(place)
+        return None if host is None else host.tokenizer
 
     @property
-    def tokenizer(self) -> ClipTokenizer:
-        """The tokenizer that knows the learned words."""
-        return self.words.tokenizer
+    def clips(self) -> list[Clip]:
+        """The CLIP text encoders with the tokenizers that know their learned words."""
+        return self.parts[1].replaced(self.words.tokenizers).clips
 
     def wear(self, scale: float = 1.0) -> None:
         """Put on what is fused, and what is active with its strengths times `scale`."""
@@ -70,7 +69,7 @@ class Adapted:
         try:
             yield
         finally:
-            self.words.apply(self.learned)
+            self._know(self.learned)
             self.wear()
 
     def load(self, path: Path, name: str | None) -> str:
@@ -131,19 +130,37 @@ class Adapted:
             self.active.pop(name, None)
         self.wear()
 
-    def learn(self, path: Path, name: str | None) -> None:
-        """Know a learned word; name: its trigger, by default the file's."""
-        learned = (*self.learned, read_embedding(path, name))
-        self.words.apply(learned)
-        self.learned = learned
+    def learn(self, word: Embedding, place: int | None = None) -> None:
+        """Know a learned word, in all text encoders or in the one at a place.
+
+        Raises ValueError for one that does not fit; then nothing changes.
+        """
+        there = list(self.words.hosts)
+        places = there if place is None else [place]
+        whole = there == [0] or (word.second is None and len(places) == 1)  # nothing to part among towers
+        fresh = [(one, word if whole else share(word, one)) for one in places]
+        self._know((*self.learned, *fresh))
+        self.learned = (*self.learned, *fresh)
 
     def forget(self, names: Sequence[str] | None) -> None:
         """Forget learned words, or all; ValueError for one that is not known."""
-        missing = [name for name in names or () if name not in self.words.applied]
+        known = list(dict.fromkeys(word.name for _, word in self.learned))
+        missing = [name for name in names or () if name not in known]
         if missing:
-            raise ValueError(f"no word {missing[0]!r} was learned; learned: {', '.join(self.words.applied) or 'none'}")
-        self.learned = tuple(word for word in self.learned if names is not None and word.name not in names)
-        self.words.apply(self.learned)
+            raise ValueError(f"no word {missing[0]!r} was learned; learned: {', '.join(known) or 'none'}")
+        self.learned = tuple(one for one in self.learned if names is not None and one[1].name not in names)
+        self._know(self.learned)
+
+    def _know(self, words: Sequence[tuple[int, Embedding]]) -> None:
+        """Have each text encoder know its words and no others; as before where one does not fit."""
+        before = self.learned
+        try:
+            for place, host in self.words.hosts.items():
+                host.apply([word for one, word in words if one == place])
+        except ValueError:
+            for place, host in self.words.hosts.items():
+                host.apply([word for one, word in before if one == place])
+            raise
 
 
 def located(

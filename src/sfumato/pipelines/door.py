@@ -81,7 +81,7 @@ class Door(Switches):
     def _take(self, parts: Components, runtime: Runtime | None, name: str) -> None:
         """Take the parts of a model, which is moved and converted to the runtime."""
         door = type(self).__name__
-        tokenizer, text = self._tower(parts)
+        self._tower(parts)
         extra = parts.denoiser.config.in_channels - parts.vae.config.latent_channels
         family = self.families.get(extra)
         if family is None or (family == "StableDiffusionUpscalePipeline") != (parts.low_res_scheduler is not None):
@@ -92,7 +92,7 @@ class Door(Switches):
         scheduler = self._mended(scheduler_of(parts.scheduler))
         parts = replace(parts, scheduler=scheduler, pipeline=family)
         self._pipe = Pipeline(parts, runtime, name)
-        self._adapted = Adapted(parts.denoiser, text, tokenizer, towers_of(parts).encoders)
+        self._adapted = Adapted(parts.denoiser, towers_of(parts))
         self.image_processor = ImageProcessor(self.vae_scale_factor, self.resample, channels=self.latent_channels)
         self._progress: dict[str, Any] = {}
         self.safety_checker: Any = None
@@ -263,7 +263,9 @@ class Door(Switches):
     @property
     def tokenizer(self) -> ClipTokenizer:
         """The tokenizer, with the learned words."""
-        return self._adapted.tokenizer
+        tokenizer = self._adapted.tokenizer()
+        assert tokenizer is not None
+        return tokenizer
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: ClipTokenizer) -> None:
@@ -286,8 +288,8 @@ class Door(Switches):
 
     @property
     def tokenizer_2(self) -> Tokenizer | None:
-        """The tokenizer of the second text tower."""
-        return self._pipe.tokenizer_2
+        """The tokenizer of the second text tower, with the learned words."""
+        return self._adapted.tokenizer(1) or self._pipe.tokenizer_2
 
     @property
     def low_res_scheduler(self) -> Scheduler | None:
@@ -301,8 +303,8 @@ class Door(Switches):
 
     def _dress_anew(self) -> None:
         """Adapters belong to networks: with others in their place, none is on."""
-        tokenizer, text = self._tower(collected(self._pipe))
-        self._adapted = Adapted(self._pipe.denoiser, text, tokenizer, towers_of(self._pipe).encoders)
+        self._tower(collected(self._pipe))
+        self._adapted = Adapted(self._pipe.denoiser, towers_of(self._pipe))
 
     @property
     def device(self) -> torch.device:

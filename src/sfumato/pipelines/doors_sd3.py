@@ -26,6 +26,7 @@ from sfumato.pipelines.doors import (
 )
 from sfumato.pipelines.doors_xl import listed, repeated
 from sfumato.pipelines.request import Request
+from sfumato.pipelines.start import Start, remaining
 from sfumato.pipelines.together import STEP_TENSORS, Skipped, Together, Weights, Words
 from sfumato.text.encode import encode_prompts
 from sfumato.text.t5 import T5_LENGTH, T5Tokenizer
@@ -141,10 +142,6 @@ class SD3(Maker):
         """T5's tokenizer."""
         return cast("T5Tokenizer | None", self._pipe.tokenizer_3)
 
-    def load_textual_inversion(self, *source: Any, **options: Any) -> None:
-        """ValueError: learned words for several text towers are for `Pipeline`."""
-        raise ValueError("this front door takes no learned words; sfumato.Pipeline does, as embeddings=[FILE, ...]")
-
     def encode_prompt(  # type: ignore[override]  # three texts and four tensors, as there
         self,
         prompt: str | Sequence[str] | None = None,
@@ -195,7 +192,7 @@ class SD3(Maker):
         if len(many) > 1:
             raise ValueError(f"{' and '.join(map(str, sorted(many)))} prompts for the text encoders; give as many each")
         towers = self._pipe.towers
-        pairs = zip(towers.clips, texts, strict=False)
+        pairs = zip(self._adapted.clips, texts, strict=False)
         conds = [encode_prompts(*clip, some, clip_skip, bare=True) for clip, some in pairs]
         context = torch.cat([cast(Tensor, cond.context) for cond in conds], dim=-1)
         pooled = torch.cat([cast(Tensor, cond.pooled) for cond in conds], dim=-1)
@@ -272,10 +269,9 @@ class StableDiffusion3Img2ImgPipeline(SD3, StableDiffusionImg2ImgPipeline):
     ) -> Any:
         """Pictures that leave an image as far as strength says.
 
-        image: see `ImageProcessor`, or latents; brought to height and width, which are the model's own where None.
+        image:   see `ImageProcessor`, or latents; brought to height and width, which are the model's own where None.
+        latents: (B, C, h, w), what to go on with where the steps begin, in the place of the image under noise.
         """
-        if others.get("latents") is not None:
-            raise ValueError("latents to begin with are for text to image; give latents as the image")
         texts = {"prompt": prompt, "prompt_2": prompt_2, "prompt_3": prompt_3}
         call = self.calls.read(type(self).__name__, {**texts, "num_inference_steps": num_inference_steps, **others})
         preset = self._pipe.preset
@@ -283,6 +279,12 @@ class StableDiffusion3Img2ImgPipeline(SD3, StableDiffusionImg2ImgPipeline):
         return self._made(
             call, height, width, self._checked(call, height=height, width=width, strength=strength), image=x
         )
+
+    def _begun(self, call: Call, setting: Together) -> Start:
+        if call.latents is None:
+            return super()._begun(call, setting)
+        sampler, grid = remaining(setting.plan, setting.strength)
+        return Start(call.latents.float().to(self.device) * self.scheduler.scale(grid[0]), grid, sampler)
 
 
 class StableDiffusion3InpaintPipeline(SD3, StableDiffusionInpaintPipeline):

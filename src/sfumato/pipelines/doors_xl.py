@@ -132,16 +132,12 @@ class XL(Maker):
     @property  # type: ignore[override]
     def tokenizer(self) -> ClipTokenizer | None:
         """Its tokenizer; None in the refiner."""
-        return cast("ClipTokenizer | None", self._pipe.tokenizer)
+        return self._adapted.tokenizer()
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: ClipTokenizer | None) -> None:
         self._pipe.tokenizer = tokenizer
         self._dress_anew()
-
-    def load_textual_inversion(self, *source: Any, **options: Any) -> None:
-        """ValueError: learned words for several text towers are for `Pipeline`."""
-        raise ValueError("this front door takes no learned words; sfumato.Pipeline does, as embeddings=[FILE, ...]")
 
     def _checked(self, call: Call, **numbers: Any) -> Request:
         said = {name: getattr(call, name) for name in TOLD}
@@ -193,7 +189,7 @@ class XL(Maker):
 
     def _read(self, texts: Sequence[str], texts_2: Sequence[str], clip_skip: int) -> tuple[Tensor, Tensor]:
         """States (B, L, D) side by side in width, and what the last tower projects (B, P)."""
-        pairs = zip(self._pipe.towers.clips, (texts, texts_2), strict=False)
+        pairs = zip(self._adapted.clips, (texts, texts_2), strict=False)
         conds = [encode_prompts(*clip, some, clip_skip, bare=True) for clip, some in pairs]
         pooled = conds[-1].pooled
         assert pooled is not None

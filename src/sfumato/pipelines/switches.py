@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from sfumato.models.layers import Attention
 from sfumato.pipelines.adapted import Adapted, located
 from sfumato.pipelines.opening import passed_over
 from sfumato.pipelines.pipeline import Pipeline
+from sfumato.weights.adapters import read_embedding
+from sfumato.weights.adapters.inversion import embedding_of
 
+TEXTS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
 ADAPTER_OPTIONS = (
     *("low_cpu_mem_usage", "use_safetensors", "local_files_only", "token", "force_download", "proxies", "hotswap"),
     *("prefix", "network_alphas"),
@@ -192,26 +195,50 @@ class Switches:
 
     def load_textual_inversion(
         self,
-        source: str | Path | Sequence[str | Path],
+        source: str | Path | torch.Tensor | Mapping[str, Any] | Sequence[str | Path | torch.Tensor | Mapping[str, Any]],
         token: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
+        text_encoder: Any = None,
         weight_name: str | None = None,
         subfolder: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         **others: Any,
     ) -> None:
-        """Know the learned word of a file, a folder, a name in the models folder or a hub id, or of several.
+        """Know the learned word of a file, a folder, a name in the models folder or a hub id, of tensors, or several.
 
-        token: the word that stands for it in prompts; the file's own where None.
+        token:        the word that stands for it in prompts; the file's own where None.
+        text_encoder: the one that is to know it, where there are several; None: all, for a file that has the vectors
+                      of each. tokenizer: that one's.
         """
+        place = None if text_encoder is None and tokenizer is None else self._place(text_encoder, tokenizer)
         passed_over(others, "load_textual_inversion", ADAPTER_OPTIONS)
-        sources = [source] if isinstance(source, str | Path) else list(source)
+        sources = [source] if isinstance(source, str | Path | torch.Tensor | Mapping) else list(source)
         tokens = [token] * len(sources) if token is None or isinstance(token, str) else list(token)
-        for place, word in zip(sources, tokens, strict=True):
-            self._adapted.learn(learned(place, weight_name, subfolder, revision, cache_dir), word)
+        if len(tokens) != len(sources):
+            raise ValueError(f"{len(tokens)} tokens for {len(sources)} learned words; give as many, or none")
+        for found, name in zip(sources, tokens, strict=True):
+            if isinstance(found, str | Path):
+                word = read_embedding(learned(found, weight_name, subfolder, revision, cache_dir), name)
+            else:
+                word = embedding_of(found, name)
+            self._adapted.learn(word, place)
 
-    def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
-        """Forget some learned words, or all."""
+    def _place(self, text_encoder: Any, tokenizer: Any) -> int:
+        """The place of a text encoder, or of its tokenizer; ValueError for one that is not this model's."""
+        names = [name for name in ("text_encoder", "text_encoder_2") if getattr(self._pipe, name) is not None]
+        for place, (encoder, reader) in enumerate(zip(TEXTS, TOKENIZERS, strict=True)):
+            same = text_encoder is getattr(self._pipe, encoder), tokenizer is getattr(self, reader)
+            if same[0] if text_encoder is not None else same[1]:
+                return place
+        raise ValueError(
+            f"text_encoder or tokenizer is none that learns words here; give this door's {' or '.join(names)}"
+        )
+
+    def unload_textual_inversion(
+        self, tokens: str | Sequence[str] | None = None, tokenizer: Any = None, text_encoder: Any = None
+    ) -> None:
+        """Forget some learned words, or all, in all text encoders."""
         self._adapted.forget([tokens] if isinstance(tokens, str) else tokens)
 
     def load_ip_adapter(self, *source: Any, **options: Any) -> None:

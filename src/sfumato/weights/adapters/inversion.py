@@ -7,10 +7,11 @@ layouts are read: AUTOMATIC1111's pickle (`string_to_param`), its safetensors (`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from sfumato.text.tokenizer import ClipTokenizer
 from sfumato.text.towers import Towers
 from sfumato.weights.adapters.deltas import FAMILIES
 from sfumato.weights.keymap import listed
-from sfumato.weights.source import Weights, open_weights
+from sfumato.weights.source import open_weights
 from sfumato.weights.streaming import home_of
 
 PICKLED = "string_to_param."
@@ -50,10 +51,31 @@ def read_embedding(path: Path | str, name: str | None = None) -> Embedding:
     """
     path = Path(path)
     with open_weights(path) as weights:
-        if set(TWO_TOWERS) <= set(weights):
-            first, second = (_checked(path, token, weights[token]) for token in TWO_TOWERS)
-            return Embedding(path.stem if name is None else name, path, first, second)
-        token, vectors = _vectors(weights)
+        return _embedding(path, weights, name)
+
+
+def embedding_of(content: Tensor | Mapping[str, Any], name: str | None = None) -> Embedding:
+    """A learned word from vectors (n, D), or from what the layouts have in them; name: the trigger.
+
+    Raises ValueError for vectors without a name, and for what is no embedding.
+    """
+    found = content if isinstance(content, Mapping) else {PLAIN: content}
+    nested = found.get("string_to_param")
+    if isinstance(nested, Mapping):
+        found = {PICKLED + str(token): vectors for token, vectors in nested.items()}
+    tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    made = _embedding(Path("embedding"), tensors, name)
+    if name is None and made.name == "embedding":
+        raise ValueError("vectors of a learned word come without its name; give token = the word for prompts")
+    return made
+
+
+def _embedding(path: Path, tensors: Mapping[str, Tensor], name: str | None) -> Embedding:
+    """The word that some tensors are, by the names of the layouts."""
+    if set(TWO_TOWERS) <= set(tensors):
+        first, second = (_checked(path, token, tensors[token]) for token in TWO_TOWERS)
+        return Embedding(path.stem if name is None else name, path, first, second)
+    token, vectors = _vectors(path, tensors)
     if name is None:
         name = path.stem if token == PLAIN or token.startswith(PICKLED) else token
     return Embedding(name, path, _checked(path, token, vectors))
@@ -63,7 +85,7 @@ class Lexicon:
     """The learned words of all CLIP towers of a model, each with its tokenizer."""
 
     def __init__(self, towers: Towers) -> None:
-        self._hosts = {
+        self.hosts = {
             place: EmbeddingHost(tokenizer, tower)
             for place, (tower, tokenizer) in enumerate(zip(towers.encoders, towers.tokenizers, strict=False))
             if isinstance(tower, CLIPTextModel) and isinstance(tokenizer, ClipTokenizer)
@@ -72,7 +94,7 @@ class Lexicon:
     @property
     def tokenizers(self) -> list[ClipTokenizer]:
         """The tokenizers that know the words, by the order of their towers."""
-        return [host.tokenizer for host in self._hosts.values()]
+        return [host.tokenizer for host in self.hosts.values()]
 
     def apply(self, wanted: Sequence[Embedding]) -> None:
         """Know these words and no other learned ones; [] takes all off.
@@ -80,11 +102,14 @@ class Lexicon:
         Raises ValueError as `EmbeddingHost.apply` does, and for a word that is not made for as many towers; then
         some of them may know the words, and [] takes these off.
         """
-        if wanted and not self._hosts:
+        if wanted and not self.hosts:
             raise ValueError(f"{wanted[0].path}: learned words are for models with CLIP towers; leave it out")
-        alone = list(self._hosts) == [0]
-        for place, host in self._hosts.items():
-            host.apply(wanted if alone else [_share(one, place) for one in wanted])
+        for place, host in self.hosts.items():
+            host.apply([self.share(one, place) for one in wanted])
+
+    def share(self, embedding: Embedding, place: int) -> Embedding:
+        """What the tower at a place learns of a word; ValueError for one that is made for another number of towers."""
+        return embedding if list(self.hosts) == [0] else share(embedding, place)
 
 
 class EmbeddingHost:
@@ -166,7 +191,7 @@ class EmbeddingHost:
         self._layer.num_embeddings = table.shape[0]
 
 
-def _share(embedding: Embedding, place: int) -> Embedding:
+def share(embedding: Embedding, place: int) -> Embedding:
     """What one of two towers learns of a word."""
     if embedding.second is None:
         raise ValueError(
@@ -199,14 +224,14 @@ def _table(layer: nn.Embedding) -> nn.Parameter:
     return table
 
 
-def _vectors(weights: Weights) -> tuple[str, Tensor]:
-    """The one tensor of an embedding file, with its name; ValueError saying what the file holds instead."""
-    names = list(weights)
+def _vectors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+    """The one tensor of an embedding, with its name; ValueError saying what is there instead."""
+    names = list(tensors)
     for chosen in ([n for n in names if n == PLAIN], [n for n in names if n.startswith(PICKLED)], names):
         if len(chosen) == 1:
-            return chosen[0], weights[chosen[0]]
+            return chosen[0], tensors[chosen[0]]
     raise ValueError(
-        f"{weights.path} is no textual inversion with one trigger: "
+        f"{path} is no textual inversion with one trigger: "
         f"{listed('tensors', sorted(names)) or 'it has no tensors'}; "
         "expected emb_params, string_to_param or one trigger"
     )
