@@ -12,7 +12,8 @@ from sfumato.cond import Cond, Converted
 from sfumato.models.layers import GEGLU, Attention
 from sfumato.models.unet import UNet
 from sfumato.pipelines.pipeline import Pipeline
-from sfumato.prepare import WAYS, Gated, prepare
+from sfumato.prepare import WAYS, prepare
+from sfumato.prepare.tokens import Gated
 
 BOUND = 1e-5  # of the output's range
 

@@ -9,6 +9,17 @@ from __future__ import annotations
 
 from sfumato.kernels.attention import attention, attention_pays, fused
 from sfumato.kernels.library import available, library_reason
-from sfumato.kernels.pointwise import geglu, group_norm
+from sfumato.kernels.pointwise import geglu, group_norm, layer_norm
+from sfumato.kernels.product import Product
 
-__all__ = ["attention", "attention_pays", "available", "fused", "geglu", "group_norm", "library_reason"]
+__all__ = [
+    "Product",
+    "attention",
+    "attention_pays",
+    "available",
+    "fused",
+    "geglu",
+    "group_norm",
+    "layer_norm",
+    "library_reason",
+]

@@ -29,7 +29,7 @@ ISAS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "avx2": (("-mavx2", "-mfma"), 8, 6),
     "avx512": (("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"), 16, 12),
 }
-PER_ISA = ("attention", "pointwise")
+PER_ISA = ("attention", "pointwise", "product")
 SECONDS = 300  # before a compiler is given up
 
 

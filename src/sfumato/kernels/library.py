@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 1  # of the structs below; csrc/library.cpp says the same
+VERSION = 2  # of the structs below; csrc/library.cpp says the same
 ISAS = ("avx2", "avx512")
 CHOICES = ("off", *ISAS)
 VARIABLE = "SFUMATO_KERNELS"
@@ -53,7 +53,34 @@ class GegluArguments(ctypes.Structure):
     )
 
 
-ENTRIES = {"attention": AttentionArguments, "group_norm": GroupNormArguments, "geglu": GegluArguments}
+class LayerNormArguments(ctypes.Structure):
+    """`LayerNorm` of csrc/sfumato.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "width")),
+        ("eps", ctypes.c_float),
+    )
+
+
+class ProductArguments(ctypes.Structure):
+    """`Product` of csrc/sfumato.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "add", "y")),
+        *((name, ctypes.c_int64) for name in ("B", "H", "W", "C", "out_H", "out_W", "N")),
+        *((name, ctypes.c_int64) for name in ("kernel", "stride", "padding", "x_stride", "add_stride", "y_stride")),
+        *((name, ctypes.c_int32) for name in ("packed", "doubled")),
+    )
+
+
+ENTRIES = {
+    "attention": AttentionArguments,
+    "group_norm": GroupNormArguments,
+    "geglu": GegluArguments,
+    "layer_norm": LayerNormArguments,
+    "product": ProductArguments,
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +90,11 @@ class Library:
     handle: ctypes.CDLL
     isa: int
     parallel: int | None  # the address of GOMP_parallel in PyTorch's OpenMP
+
+    @property
+    def panel(self) -> int:
+        """Columns of a panel of packed weights."""
+        return int(self.handle.sfumato_panel(self.isa))
 
     def call(self, entry: str, arguments: ctypes.Structure) -> None:
         """Run one kernel with as many threads as PyTorch uses; MemoryError when its scratch does not fit."""
@@ -90,12 +122,11 @@ def library() -> Library | None:
 
 def usable(*tensors: Tensor) -> bool:
     """Whether a kernel may take these: on the CPU, no gradient wanted, not being traced by torch.compile."""
-    return (
-        all(t.device.type == "cpu" for t in tensors)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and not torch.compiler.is_compiling()
-        and library() is not None
-    )
+    for t in tensors:
+        if not t.is_cpu:
+            return False
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not wanted and not torch.compiler.is_compiling() and library() is not None
 
 
 @functools.cache

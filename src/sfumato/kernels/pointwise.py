@@ -1,4 +1,4 @@
-"""Group norm with SiLU, and GEGLU, by the compiled kernels where they take the tensors, else by PyTorch."""
+"""Group norm with SiLU, layer norm, and GEGLU, by the compiled kernels where they take the tensors, else by PyTorch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.kernels.library import GegluArguments, GroupNormArguments, library, usable
+from sfumato.kernels.library import GegluArguments, GroupNormArguments, LayerNormArguments, library, usable
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False) -> Tensor:
@@ -26,6 +26,18 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
     return y
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer normalisation of the last dimension of x (..., D) (Ba et al. 2016)."""
+    found = library() if _is_float32(x, weight, bias) and usable(x, weight, bias) and x.is_contiguous() else None
+    if found is None:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    y = torch.empty_like(x)
+    if y.numel():
+        pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr()
+        found.call("layer_norm", LayerNormArguments(*pointers, x.numel() // len(weight), len(weight), eps))
+    return y
+
+
 def geglu(x: Tensor) -> Tensor:
     """The first half of the last dimension times the GELU of the second: (..., 2 D) -> (..., D) (Shazeer 2020)."""
     found = library() if _is_float32(x) and usable(x) and x.is_contiguous() else None
@@ -41,4 +53,4 @@ def geglu(x: Tensor) -> Tensor:
 
 
 def _is_float32(*tensors: Tensor) -> bool:
-    return all(t.dtype == torch.float32 for t in tensors)
+    return all([t.dtype == torch.float32 for t in tensors])

@@ -10,6 +10,7 @@
 
 extern const AttentionKernel attention_avx2, attention_avx512;
 extern const PointwiseKernel pointwise_avx2, pointwise_avx512;
+extern const ProductKernel product_avx2, product_avx512;
 
 namespace {
 
@@ -89,7 +90,7 @@ int64_t tasks(int64_t count, int64_t width, int threads) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised whenever a struct or a function changes; Python refuses another one.
-EXPORT int sfumato_version() { return 1; }
+EXPORT int sfumato_version() { return 2; }
 
 // What the library was built of, for build.py to find in the file.
 EXPORT const char *sfumato_mark() { return MARK; }
@@ -173,4 +174,38 @@ EXPORT int sfumato_geglu(const Geglu *a, int isa, int threads, void *parallel) {
         }
     });
     return 0;
+}
+
+EXPORT int sfumato_layer_norm(const LayerNorm *a, int isa, int threads, void *parallel) {
+    const PointwiseKernel *k = choose(isa, pointwise_avx2, pointwise_avx512);
+    if (!k) return 1;
+    int64_t parts = tasks(a->rows, a->width, threads);
+    for_each(parts, threads, parallel, [&](int64_t i) {
+        for (int64_t r = i * a->rows / parts; r < (i + 1) * a->rows / parts; r++) {
+            k->layer_norm(a->x + r * a->width, a->y + r * a->width, a->width, a->weight, a->bias, a->eps);
+        }
+    });
+    return 0;
+}
+
+// Columns of a panel of packed weights; 0 where there is no such instruction set.
+EXPORT int sfumato_panel(int isa) {
+    const ProductKernel *k = choose(isa, product_avx2, product_avx512);
+    return k ? (int)k->panel : 0;
+}
+
+EXPORT int sfumato_product(const Product *a, int isa, int threads, void *parallel) {
+    const ProductKernel *k = choose(isa, product_avx2, product_avx512);
+    if (!k) return 1;
+    int64_t rows = a->B * a->out_H * a->out_W, panels = (a->N + k->panel - 1) / k->panel;
+    int64_t wanted = tasks(rows * a->kernel * a->kernel * a->C / 64, a->N, threads);
+    // Columns are parted first: packed weights are then read once, and others packed once.
+    int64_t across = panels < wanted ? panels : wanted, down = (wanted + across - 1) / across;
+    if (down > (rows + 23) / 24) down = (rows + 23) / 24;
+    bool done = for_each(across * down, threads, parallel, [&](int64_t i) {
+        int64_t p = i % across, q = i / across, right = (p + 1) * panels / across * k->panel;
+        k->run(*a, q * rows / down, (q + 1) * rows / down, p * panels / across * k->panel, right < a->N ? right : a->N,
+               scratch(k->scratch(*a)));
+    });
+    return done ? 0 : 2;
 }

@@ -1,4 +1,4 @@
-// Group norm with SiLU, and GEGLU: what goes through memory once or twice and computes little. Compiled like
+// Group norm with SiLU, layer norm, and GEGLU: what goes through memory once or twice and computes little. Compiled like
 // attention.cpp, once for each instruction set.
 #include "sfumato.h"
 #include "vec.h"
@@ -84,7 +84,31 @@ void geglu(const float *x, const float *gate, float *y, int64_t n) {
     }
 }
 
+INLINE float total(Vec v) {
+    float sum = 0;
+    for (int i = 0; i < WIDTH; i++) sum += v[i];
+    return sum;
+}
+
+void layer_norm(const float *x, float *y, int64_t n, const float *weight, const float *bias, float eps) {
+    int64_t whole = n / WIDTH * WIDTH, rest = n - whole;
+    Vec sum = load_some(x + whole, rest), square{};
+    for (int64_t i = 0; i < whole; i += WIDTH) sum += load(x + i);
+    float mean = total(sum) / n;
+    for (int64_t i = 0; i < whole; i += WIDTH) {
+        Vec v = load(x + i) - mean;
+        square += v * v;
+    }
+    float squares = total(square);
+    for (int64_t i = whole; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
+    float rstd = 1.0f / __builtin_sqrtf(squares / n + eps);
+    for (int64_t i = 0; i < whole; i += WIDTH) {
+        store(y + i, (load(x + i) - mean) * rstd * load(weight + i) + load(bias + i));
+    }
+    for (int64_t i = whole; i < n; i++) y[i] = (x[i] - mean) * rstd * weight[i] + bias[i];
+}
+
 }  // namespace
 
 extern const PointwiseKernel KERNEL;
-const PointwiseKernel KERNEL = {moments, normalise, geglu};
+const PointwiseKernel KERNEL = {moments, normalise, geglu, layer_norm};

@@ -41,7 +41,15 @@ struct Geglu {
     int64_t rows, width, stride;
 };
 
-// One instruction set's share of the two above.
+// Layer norm of the rows of x (rows, width), both contiguous.
+struct LayerNorm {
+    const float *x, *weight, *bias;
+    float *y;
+    int64_t rows, width;
+    float eps;
+};
+
+// One instruction set's share of the three above.
 struct PointwiseKernel {
     // Sums, then sums of squares, of each of the C channels: 2 * C numbers.
     void (*moments)(const float *x, int64_t pixels, int64_t C, double *sums);
@@ -50,4 +58,26 @@ struct PointwiseKernel {
                       bool silu);
     // y = x * gelu(gate), n numbers.
     void (*geglu)(const float *x, const float *gate, float *y, int64_t n);
+    // One row of n numbers.
+    void (*layer_norm)(const float *x, float *y, int64_t n, const float *weight, const float *bias, float eps);
+};
+
+// A convolution of a channels-last picture x (B, H, W, C) with square filters, or with kernel = 1 a product of rows:
+// y (B, out_H, out_W, N) = x * weight + bias + add; bias and add may be null. Rows of x, add and y are apart by strides.
+// weight: (N, K) with K = (kernel, kernel, C); `packed`: panels of columns, each (K, panel), the last filled with zeros.
+// `doubled`: 1 where each pixel counts as a square of four, as after repeating rows and columns.
+struct Product {
+    const float *x, *weight, *bias, *add;
+    float *y;
+    int64_t B, H, W, C, out_H, out_W, N, kernel, stride, padding;
+    int64_t x_stride, add_stride, y_stride;
+    int32_t packed, doubled;
+};
+
+// One instruction set's product. `run` does the rows first ... last - 1 and, from a multiple of the panel on, the
+// columns left ... right - 1.
+struct ProductKernel {
+    int64_t panel;
+    size_t (*scratch)(const Product &a);  // floats that `run` needs
+    void (*run)(const Product &a, int64_t first, int64_t last, int64_t left, int64_t right, float *scratch);
 };
