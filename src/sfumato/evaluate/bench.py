@@ -6,11 +6,10 @@ that opens the model, a new process each time. Contenders take turns; see `timin
 
 from __future__ import annotations
 
-import datetime
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ import torch
 from sfumato import __version__
 from sfumato.evaluate.chart import Bar, bars
 from sfumato.evaluate.timing import Ceiling, Timing, Usage, counted, interleaved, measured_ceiling, spawned
-from sfumato.files import replacing, write_json
+from sfumato.files import read_json, replacing, write_json
 from sfumato.machine import examine
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 PROMPT = "a red apple on a blue background"
 OURS = "sfumato"
 HEAD = ("task", "contender", "turns", "median s", "fastest", "slowest", "processor s", "times", "of the ceiling",
-        "peak GiB", "page faults")  # fmt: skip
+        "peak GiB", "page faults", "load")  # fmt: skip
 GIB = 2**30
 # Makes some pictures, one prompt.
 Paint = Callable[[int], None]
@@ -49,12 +48,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything that was measured in one run. missing: contenders that did not take part, and why."""
+    """What was measured, in one run or in several.
+
+    missing:  contenders that did not take part in the last one, and why.
+    settings: what each contender was told, in words.
+    """
 
     about: Mapping[str, Any]
     ceiling: Ceiling
     timings: tuple[Timing, ...]
     missing: Mapping[str, str]
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     def cells(self) -> list[tuple[str, ...]]:
         """The table's rows in words; `times` compares with the first contender of the task."""
@@ -62,20 +66,48 @@ class Bench:
         return [cells(t, firsts.setdefault(t.task, t).median) for t in self.timings]
 
     def markdown(self) -> str:
-        """The table, the ceiling, who is missing, and what the figures depend on."""
+        """The table, the contenders, the ceiling, who is missing, and what the figures depend on."""
         head = [f"| {' | '.join(HEAD)} |", "|---|---" + "|---:" * (len(HEAD) - 2) + "|"]
         rows = [f"| {' | '.join(row)} |" for row in self.cells()]
+        told = [f"* {name}: {words}" for name, words in self.settings.items()]
         best = ", ".join(f"{rate / 1e9:.3g} GFLOP/s in {name}" for name, rate in self.ceiling.products.items())
         ceiling = f"Ceiling: matrix products of {best}; copying moves {self.ceiling.bandwidth / 1e9:.1f} GB/s."
         absent = [f"Without {name}: {reason}." for name, reason in self.missing.items()]
         about = ", ".join(f"{name} {value}" for name, value in self.about.items())
-        return "\n\n".join(["\n".join([*head, *rows]), ceiling, *absent, about]) + "\n"
+        parts = ["\n".join([*head, *rows]), *(["\n".join(told)] if told else []), ceiling, *absent, about]
+        return "\n\n".join(parts) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON file."""
         ceiling = {"flops": dict(self.ceiling.products), "bandwidth": self.ceiling.bandwidth}
         timings = [t.to_dict() for t in self.timings]
-        return {"machine": dict(self.about), "ceiling": ceiling, "timings": timings, "missing": dict(self.missing)}
+        return {"machine": dict(self.about), "ceiling": ceiling, "settings": dict(self.settings),
+                "timings": timings, "missing": dict(self.missing)}  # fmt: skip
+
+    def after(self, earlier: Path) -> Bench:
+        """This, and of an earlier run's JSON file the tasks that were not measured again, in the earlier order.
+
+        A task's rows stay together, as only contenders that took turns can be compared. Raises FileNotFoundError or
+        ValueError for what is no such file.
+        """
+        entries = read_json(earlier)
+        try:
+            before = [Timing.from_dict(row) for row in entries["timings"]]
+        except (KeyError, TypeError):
+            raise ValueError(f"{earlier} is no benchmark's file; remove it, or write to another folder") from None
+        now: dict[str, list[Timing]] = {}
+        for timing in self.timings:
+            now.setdefault(timing.task, []).append(timing)
+        tasks: dict[str, list[Timing]] = {}
+        for timing in before:
+            if timing.task not in now:
+                tasks.setdefault(timing.task, []).append(timing)
+            else:
+                tasks[timing.task] = now[timing.task]
+        timings = tuple(t for some in {**tasks, **now}.values() for t in some)
+        named = {t.contender for t in timings}
+        settings = {**entries.get("settings", {}), **self.settings}
+        return replace(self, timings=timings, settings={k: v for k, v in settings.items() if k in named})
 
     def write(self, folder: Path, name: str = "bench") -> list[Path]:
         """Write the table, the figures and the plot; returns the files."""
@@ -97,7 +129,8 @@ def cells(t: Timing, first: float) -> tuple[str, ...]:
     peak = max(turn.peak for turn in t.turns)
     faults = sorted(turn.faults for turn in t.turns)[len(t.turns) // 2]
     resident = f"{peak / GIB:.2f}" if peak else ""
-    return t.task, t.contender, *figures, f"{t.median / first:.2f}", share, resident, str(faults)
+    load = f"{t.facts['load']:.1f}" if "load" in t.facts else ""
+    return t.task, t.contender, *figures, f"{t.median / first:.2f}", share, resident, str(faults), load
 
 
 def warm(pipe: Pipeline, work: Work, others: Mapping[str, Paint]) -> list[Timing]:
@@ -188,11 +221,9 @@ def about(precision: str) -> dict[str, Any]:
         "cpu": machine.cpu,
         "cores": machine.cores,
         "threads": torch.get_num_threads(),
-        "load": machine.load,
         "precision": precision,
         "kernels": kernels.available() or "PyTorch's",
         "sfumato": __version__,
         "torch": torch.__version__,
         "python": machine.python,
-        "date": datetime.date.today().isoformat(),
     }

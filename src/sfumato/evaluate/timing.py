@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato.cond import Cond
+from sfumato.machine import examine
 from sfumato.weights.parts import NETWORKS
 
 PRODUCT = 1024  # rows and columns of the matrix product that takes its turn among the contenders
@@ -44,6 +45,7 @@ class Timing:
 
     work:    floating-point operations of a turn; 0 where they were not counted.
     ceiling: operations a second of a matrix product in the same turns; 0 where it took none.
+    facts:   what held while it was measured: threads, the machine's load before, versions.
     """
 
     task: str
@@ -51,6 +53,7 @@ class Timing:
     turns: tuple[Usage, ...]
     work: float = 0.0
     ceiling: float = 0.0
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -78,7 +81,14 @@ class Timing:
         turns = [vars(turn) for turn in self.turns]
         figures = {"median": self.median, "processor": self.processor, "share": self.share}
         return {"task": self.task, "contender": self.contender, **figures,
-                "work": self.work, "ceiling": self.ceiling, "turns": turns}  # fmt: skip
+                "work": self.work, "ceiling": self.ceiling, "facts": dict(self.facts), "turns": turns}  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> Timing:
+        """What `to_dict` wrote, also before there were facts."""
+        turns = tuple(Usage(**turn) for turn in entries["turns"])
+        named = entries["task"], entries["contender"], turns, entries["work"], entries["ceiling"]
+        return cls(*named, entries.get("facts", {}))
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,9 @@ def interleaved(
     """Let contenders take turns (A B C A B C...), and a matrix product of the dtype with them, unless that is None.
 
     able: functions to time; one that measures itself returns a Usage. warm: rounds that do not count.
+    The machine's load is the one before the first turn, which is not our own.
     """
+    facts = {"threads": torch.get_num_threads(), "load": examine().load}
     turns: dict[str, list[Usage]] = {name: [] for name in able}
     product = None if dtype is None else multiplied(PRODUCT, dtype)
     rates: list[float] = []
@@ -114,7 +126,7 @@ def interleaved(
             if turn >= warm:
                 rates.append(2 * PRODUCT**3 / seconds)
     ceiling = statistics.median(rates) if rates else 0.0
-    return [Timing(task, name, tuple(used), work, ceiling) for name, used in turns.items()]
+    return [Timing(task, name, tuple(used), work, ceiling, facts) for name, used in turns.items()]
 
 
 def timed(run: Callable[[], Usage | None]) -> Usage:
