@@ -24,11 +24,12 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"allocator", "machine"},
     "prepare": LEAVES | {"kernels", "models", "runtime"},
     "approximate": LEAVES | {"models", "prepare"},
+    "compiling": LEAVES | {"models", "runtime"},
     "presets": LEAVES | {"models"},
     "weights": LEAVES | {"diffusion", "models", "presets", "text"},
     "pipelines": LEAVES
     | {"diffusion", "models", "text", "weights", "images", "presets", "runtime", "sfumato"}
-    | {"allocator", "approximate", "machine", "prepare"},
+    | {"allocator", "approximate", "compiling", "machine", "prepare"},
     "images": {"files", "pipelines", "recipes"},
     "recipes": LEAVES | {"diffusion", "pipelines", "sfumato"},
     "previews": {"images", "models"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,19 +17,24 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Numbers in the latents of all pictures that a CPU advances together: 8 of 16x16, 2 of 32x32, 1 of 64x64.
 SMALL = 8 * 16 * 16
 MOST = 8
+# What `torch.compile` is given of a denoiser, see `compiling`: nothing, its repeated blocks, or all of it for replay.
+COMPILE = ("off", "blocks", "graphs")
+BFLOAT16_FROM = (8, 0)  # capability of NVIDIA's GPUs that multiply bfloat16, from the A100 and RTX 30 on
 
 
 @dataclass(frozen=True)
 class Runtime:
     """A device, the dtype of the networks on it, and the memory layout of their pictures.
 
-    reason: one line that says why.
+    reason:  one line that says why.
+    compile: one of `COMPILE`.
     """
 
     device: torch.device
     dtype: torch.dtype
     channels_last: bool
     reason: str
+    compile: str = "off"
 
     @property
     def precision(self) -> str:
@@ -54,21 +61,62 @@ class Choice:
     reason: str
 
 
-def choose(device: str | None = None, precision: str | None = None) -> Runtime:
+@dataclass(frozen=True)
+class Card:
+    """A GPU as PyTorch describes it: its name and NVIDIA's number for what it can do."""
+
+    name: str
+    capability: tuple[int, int]
+
+
+def choose(device: str | None = None, precision: str | None = None, compile: str | None = None) -> Runtime:
     """The runtime for this machine, or for the named device and precision.
 
-    CUDA runs in float16, CPUs with bfloat16 units in bfloat16, everything else in float32; all channels-last.
-    Raises ValueError for an unknown precision or a device that this PyTorch cannot use.
+    NVIDIA's GPUs that multiply bfloat16 and CPUs with units for it run in bfloat16, older GPUs in float16, everything
+    else in float32; all channels-last. PyTorch's settings for float32 products (TF32) stay as they are.
+    compile: one of `COMPILE`; None compiles nothing.
+    Raises ValueError for an unknown precision, a device that this PyTorch cannot use, or what cannot be compiled here.
     """
     place = _device(device)
+    how = compile or "off"
+    check_compile(how, place.type)
     if precision is not None:
         dtype = _dtype(precision)
-        return Runtime(place, dtype, True, f"{place} in {dtype_name(dtype)}, as asked, channels last")
-    if place.type == "cuda":
-        return Runtime(place, torch.float16, True, f"{torch.cuda.get_device_name(place)} in float16, channels last")
-    if place.type == "cpu" and cpu_has_bfloat16():
-        return Runtime(place, torch.bfloat16, True, "CPU with bfloat16 units: bfloat16, channels last")
-    return Runtime(place, torch.float32, True, f"{place.type.upper()} without bfloat16 units: float32, channels last")
+        runtime = Runtime(place, dtype, True, f"{place} in {dtype_name(dtype)}, as asked, channels last")
+    elif place.type == "cuda":
+        runtime = on_card(place, card(place))
+    elif place.type == "cpu" and cpu_has_bfloat16():
+        runtime = Runtime(place, torch.bfloat16, True, "CPU with bfloat16 units: bfloat16, channels last")
+    else:
+        why = f"{place.type.upper()} without bfloat16 units: float32, channels last"
+        runtime = Runtime(place, torch.float32, True, why)
+    return replace(runtime, compile=how)
+
+
+def card(place: torch.device) -> Card:
+    """The GPU at a place."""
+    return Card(torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place))
+
+
+def on_card(place: torch.device, found: Card) -> Runtime:
+    """The runtime for a GPU: bfloat16, whose range holds what float16's overflows, where it multiplies that."""
+    dtype = torch.bfloat16 if found.capability >= BFLOAT16_FROM else torch.float16
+    return Runtime(place, dtype, True, f"{found.name} in {dtype_name(dtype)}, channels last")
+
+
+def check_compile(how: str, kind: str, has: Callable[[str], object] = importlib.util.find_spec) -> None:
+    """ValueError for an unknown way to compile, or one that a kind of device does not have.
+
+    has: whether a Python package is there; compilers of C++ are left to PyTorch, which knows several.
+    """
+    if how not in COMPILE:
+        raise ValueError(f"unknown way to compile {how!r}; known: {', '.join(COMPILE)}")
+    if how == "graphs" and kind != "cuda":
+        raise ValueError(
+            f"compile = 'graphs' is for CUDA devices, and this one is {kind}; use 'blocks' or leave it out"
+        )
+    if how != "off" and kind == "cuda" and not has("triton"):
+        raise ValueError(f"compile = {how!r} needs triton on a GPU; pip install triton, or leave compile out")
 
 
 def as_it_is(weight: torch.Tensor) -> Runtime:
@@ -117,9 +165,9 @@ def use_threads(asked: int | None = None) -> None:
         torch.set_num_threads(count)
 
 
-def choices(device: str | None = None, precision: str | None = None) -> list[Choice]:
+def choices(device: str | None = None, precision: str | None = None, compile: str | None = None) -> list[Choice]:
     """All that is decided for this machine, each with its reason."""
-    runtime, machine = choose(device, precision), examine()
+    runtime, machine = choose(device, precision, compile), examine()
     place = runtime.device
     found = "the first GPU that PyTorch sees" if place.type == "cuda" else "no GPU that PyTorch can use"
     one, large = runtime.together(16, 16), runtime.together(64, 64)
@@ -128,6 +176,7 @@ def choices(device: str | None = None, precision: str | None = None) -> list[Cho
         Choice("device", _named(place, machine), found if device is None else "as asked"),
         Choice("precision", runtime.precision, _why(runtime, precision)),
         Choice("memory layout", "channels last", "convolutions and attention then share pictures without copies"),
+        Choice("compile", runtime.compile, compile_reason(runtime)),
         threads(machine),
         Choice("allocator", memory[0], memory[1]),
         Choice(
@@ -138,11 +187,21 @@ def choices(device: str | None = None, precision: str | None = None) -> list[Cho
     ]
 
 
+def compile_reason(runtime: Runtime) -> str:
+    """Why a denoiser is compiled or not, and what the other choice would cost."""
+    if runtime.compile != "off":
+        return "as asked; the first picture of a size waits for it, minutes once and seconds in later processes"
+    if runtime.device.type == "cpu":
+        return "prepared networks are as quick on a CPU and need no minutes before the first picture"
+    return "--compile blocks (a minute or two once) or graphs (one size of picture) pays for many pictures"
+
+
 def _why(runtime: Runtime, precision: str | None) -> str:
     if precision is not None:
         return "as asked"
     if runtime.device.type == "cuda":
-        return "half the memory and twice the speed or more of float32"
+        half = runtime.dtype == torch.float16
+        return "half the memory of float32, and quicker" + (", on a GPU too old for bfloat16" if half else "")
     if runtime.dtype == torch.bfloat16:
         return f"{'AMX tiles' if cpu_has_tiles() else 'AVX512-bf16'} multiply bfloat16 matrices in hardware"
     limit = isa_limited()

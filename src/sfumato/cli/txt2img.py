@@ -112,6 +112,14 @@ def run(
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
+    compiling: Annotated[
+        str | None,
+        typer.Option(
+            "--compile",
+            metavar="WAY",
+            help="blocks, or graphs on a GPU: the first picture waits minutes, later ones gain.",
+        ),
+    ] = None,
     preview: Annotated[
         str | None,
         typer.Option(
@@ -140,7 +148,11 @@ def run(
     request = parse(**fields)
     places = Places(out, count(request), grid)
     previews = None if preview is None else Previews(preview, preview_every)
-    pipe = opened(request, precision, device, batch, threads, memory)
+    pipe = opened(request, precision, device, batch, threads, memory, compiling)
+    if pipe.runtime.compile != "off":
+        from sfumato.runtime import compile_reason
+
+        tell([f"compile {pipe.runtime.compile}: {compile_reason(pipe.runtime)}"], quiet or as_json)
     if task in TASKS and pipe.preset.task != TASKS[task][0]:
         raise ValueError(
             f"{task} needs a model that was made for it, which {request.model} ({pipe.preset.title}) was not; "
@@ -175,6 +187,7 @@ def opened(
     batch: int | None,
     threads: int | None,
     memory: str | None = None,
+    compiling: str | None = None,
 ) -> Pipeline:
     """The request's model, ready to run; ValueError where memory does not suffice for the picture."""
     from sfumato.pipelines.pipeline import load
@@ -182,7 +195,7 @@ def opened(
 
     use_threads(threads)
     parts = request.vae, request.base, request.prediction
-    return load(request.model, precision, device, batch, *parts, memory=memory, request=request)
+    return load(request.model, precision, device, batch, *parts, memory=memory, request=request, compile=compiling)
 
 
 def as_then(made_with: Mapping[str, Any], device: str | None) -> str | None:

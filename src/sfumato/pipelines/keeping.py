@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
@@ -11,8 +12,11 @@ import torch
 
 from sfumato import __version__
 from sfumato.allocator import kept
+from sfumato.compiling import compiled
+from sfumato.models.autoencoder import Coder
 from sfumato.pipelines.fit import Memory, check_memory, closed, networks, resident
 from sfumato.prepare import prepare
+from sfumato.runtime import Runtime, check_compile
 from sfumato.weights.safe import lay_out
 from sfumato.weights.streaming import Residence
 
@@ -23,8 +27,9 @@ T5 = "text_encoder_3"
 
 
 class Keeping:
-    """What a pipeline can be told about its memory."""
+    """What a pipeline can be told about its memory, and about compiling."""
 
+    runtime: Runtime
     _residence: Residence | None = None
     _t5: Residence | None = None  # T5's own, where it goes other ways than the rest
     _plain: Mapping[int, Callable[[], None]] = MappingProxyType({})  # what undoes the preparation of a network
@@ -43,9 +48,10 @@ class Keeping:
         low:      those of a layer are ready while it is called; pictures beyond 512 pixels are decoded in tiles.
         What is not ready takes no memory where it is a view of a file, as after `from_pretrained(memory=...)`; on a
         GPU, what is not ready is not there. Nobody else may write to such weights.
-        Raises ValueError for another word.
+        Raises ValueError for another word, and for a compiled denoiser, whose weights have to stay.
         """
         check_memory(memory)
+        check_staying(self.runtime.compile, memory)
         if memory == self.memory:
             return
         self.dressing().undress()
@@ -86,15 +92,35 @@ class Keeping:
         if self._t5 is not None and self._t5.stream:
             self._t5.leave()
 
+    def set_compile(self: Pipeline, how: str) -> None:  # type: ignore[misc]
+        """Have the denoiser compiled by torch.compile from the next picture on, or not any more; see `compiling`.
+
+        off:    it is not; on a CPU it is prepared instead (`prepare`).
+        blocks: its repeated blocks are, which takes a minute or two, and of the second size of picture once more.
+        graphs: all of it is, for replay as a CUDA graph: minutes for each size and number of pictures.
+        Raises ValueError for another word, and where the device or the way of keeping weights does not allow it.
+        """
+        check_compile(how, self.runtime.device.type)
+        check_staying(how, self.memory)
+        self.runtime = replace(self.runtime, compile=how)
+        self._plain.get(id(self.denoiser), lambda: None)()
+        self._plain = {key: undo for key, undo in self._plain.items() if key != id(self.denoiser)}
+
     def lay_out(self: Pipeline) -> None:  # type: ignore[misc]
         """Bring networks into the runtime's form; not before the first use, so that opening a model copies nothing.
 
         Does nothing for weights that come and go, which are brought into it when they come.
         """
-        if self.runtime.channels_last and self._residence is None:
+        if self._residence is not None:
+            return
+        how = self.runtime.compile
+        if self.runtime.channels_last:
             for network in (self.denoiser, self.vae):
-                lay_out(network)
-                self._plain = {id(network): prepare(network), **self._plain}
+                lay_out(network.decoder if isinstance(network, Coder) else network)  # encoders: see `prepare`
+                if how == "off" or network is self.vae:
+                    self._plain = {id(network): prepare(network), **self._plain}
+        if how != "off":
+            self._plain = {id(self.denoiser): compiled(self.denoiser, how), **self._plain}
 
     def allocating(self) -> AbstractContextManager[None]:
         """While pictures are made: large buffers are kept for the next ones, where memory is not to be spared."""
@@ -104,6 +130,7 @@ class Keeping:
         """What besides the request decides the exact pixels: versions, device, precision, tiles."""
         known = {"sfumato": __version__, "torch": torch.__version__}
         known |= {"device": str(self.runtime.device), "precision": self.runtime.precision}
+        known |= {} if self.runtime.compile == "off" else {"compile": self.runtime.compile}
         return known | ({"memory": self.memory} if self.memory == "low" else {})
 
     def admit(self: Pipeline, other: Pipeline) -> None:  # type: ignore[misc]
@@ -131,3 +158,12 @@ class Keeping:
                 if residence is not None:
                     stack.enter_context(residence.stored())
             yield
+
+
+def check_staying(how: str, memory: str) -> None:
+    """ValueError for a network to be compiled whose weights come and go."""
+    if how != "off" and memory != "fast":
+        raise ValueError(
+            f"compile = {how!r} is for weights that stay (memory = 'fast'), and memory is {memory!r}; "
+            "leave compile out, or ask for fast"
+        )

@@ -117,6 +117,7 @@ class Pipeline(Keeping):
         request: Request | None = None,
         t5: str | None = None,
         preset: str | None = None,
+        compile: str | None = None,
     ) -> Pipeline:
         """Open a model on the best device in the best precision: a built-in name, file, folder or hub id.
 
@@ -126,10 +127,11 @@ class Pipeline(Keeping):
         t5:      what becomes of T5, see `keep_t5`; None as the request says, or as the rest.
         preset:  which it is of the models that look alike, such as "sdxl-lightning"; None as the request says, or as
                  names and the scheduler do, which one line then says.
+        compile: see `set_compile`.
         Raises FileNotFoundError or ValueError when there is no complete model, see `load_model`, and ValueError where
         memory does not suffice.
         """
-        runtime = choose(device, precision)
+        runtime = choose(device, precision, compile)
         if t5 is not None:
             request = (request or Request()).model_copy(update={"t5": parse(t5=t5).t5})
         preset = parse(preset=preset).preset or (None if request is None else request.preset)
@@ -482,11 +484,14 @@ def load(
     request: Request | None = None,
     t5: str | None = None,
     preset: str | None = None,
+    compile: str | None = None,
 ) -> Pipeline:
     """Open a model: the built-in one, a file, a folder, or a hub id.
 
     precision: float32, bfloat16 or float16; device: cpu, cuda...; None chooses for this machine.
     batch:     most pictures advanced together, see `Pipeline`.
-    vae, base, prediction, memory, request, t5, preset: see `Pipeline.from_pretrained`.
+    vae, base, prediction, memory, request, t5, preset, compile: see `Pipeline.from_pretrained`.
     """
-    return Pipeline.from_pretrained(model, precision, device, batch, vae, base, prediction, memory, request, t5, preset)
+    return Pipeline.from_pretrained(
+        model, precision, device, batch, vae, base, prediction, memory, request, t5, preset, compile
+    )
