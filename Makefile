@@ -28,8 +28,10 @@ env: $(VENV)/.dev
 # What retraining the built-in model needs besides (see docs/builtin-model.md).
 train-env: $(VENV)/.train
 
-# Pictures timed beside diffusers: with Stable Diffusion 1.5 at full size an hour or two, 8 GB of memory, 4 GB of disk.
-# ARGS="--only builtin" measures the built-in model alone, in minutes.
+# Pictures timed beside diffusers and, where they are installed, OpenVINO (pip install openvino nncf) and
+# stable-diffusion.cpp (pip install stable-diffusion-cpp-python, a compilation of ten minutes): with Stable Diffusion 1.5
+# at full size hours, 20 GB of memory with all of them, 12 GB of disk. ARGS="--only builtin" measures the built-in model
+# alone, in minutes; other parts, also at other times, are added to the same table.
 bench: $(VENV)/.dev
 	$(VENV)/bin/python benchmarks/bench.py $(ARGS)
 

@@ -49,6 +49,7 @@ from peers import (
 from torch import Tensor, nn
 
 import sfumato
+from sfumato.compiling import compiled
 from sfumato.cond import Cond
 from sfumato.evaluate import bench
 from sfumato.evaluate.bench import OURS, PROMPT, Work, started
@@ -150,6 +151,9 @@ def variants(config: Any, part: str, there: There) -> dict[str, Any]:
     prepare(found[OURS])
     if there[PLAIN]:
         found[PLAIN] = filled(lambda: own(config), last)
+    if there[OURS_COMPILED] and part == "unet":
+        net = found[OURS_COMPILED] = filled(lambda: own(config), last)
+        compiled(net, "blocks")
     if there[THEIRS]:
         found[THEIRS] = filled(lambda: peer(config), weights)
     if there[LAST]:
@@ -245,7 +249,7 @@ def processes(part: str, asked: Asked, there: There, places: Places, size: int) 
         if there[name] and (steps or not (one.environment or one.compiled)):
             line = [sys.executable, __file__, "--worker", name, *places.of(name), str(size), str(steps)]
             if name in VINO or one.compiled:  # what they keep between processes is there beforehand
-                spawned([*line[:-1], "1"])
+                spawned([*line[:-1], str(int(one.compiled))], one.environment)
             able[name] = started(line, one.environment)
     work = picture_operations(size, steps) if steps else 0.0
     return interleaved(task, able, asked.cold, work, warm=0, dtype=choose("cpu").dtype if steps else None)

@@ -60,7 +60,7 @@ NATIVE = {"stable-diffusion-cpp-python": "stable_diffusion_cpp", **DIFFUSERS}
 CONTENDERS: Mapping[str, Contender] = {
     OURS: Contender("as it comes"),
     PLAIN: Contender("without prepared networks and kernels", environment=UNPREPARED),
-    OURS_COMPILED: Contender("load(compile='blocks'), the time to compile included in cold rows", compiled=True),
+    OURS_COMPILED: Contender("load(compile='blocks'), code of an earlier process at hand", compiled=True),
     THEIRS: Contender("as people run it, float32", DIFFUSERS),
     LAST: Contender("channels last; bfloat16 where the CPU multiplies it", DIFFUSERS),
     KEPT: Contender("the same with large buffers kept by MALLOC_ variables", DIFFUSERS, LARGE_BUFFERS),
