@@ -5,15 +5,15 @@ C latent channels, h w latent height and width, H W picture height and width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from sfumato.approximate import reuse
+from sfumato.approximate import reuse, rounded
 from sfumato.diffusion.brownian import PictureNoise
 from sfumato.diffusion.drive import Run, drive
 from sfumato.diffusion.keep import Keep
@@ -26,7 +26,7 @@ from sfumato.pipelines.enlarge import Windows, enlarged
 from sfumato.pipelines.guided import surrounded
 from sfumato.pipelines.inputs import open_picture
 from sfumato.pipelines.masks import Frame, framed
-from sfumato.pipelines.memory import RowByRow, tiles
+from sfumato.pipelines.memory import RowByRow, idle, tiles
 from sfumato.pipelines.refine import check_share, rest, until
 from sfumato.pipelines.request import Request
 from sfumato.pipelines.start import STARTS, Setting, Start, remaining
@@ -72,13 +72,15 @@ def latents(
     try:
         for first, wanted, some in batches(singles, most_together(pipe)):
             pipe.dressing().wear(wanted)
-            net: Callable[..., Tensor] = RowByRow(pipe.net)
+            net: Callable[..., Tensor] = rounded(pipe.denoiser)(pipe.net) if some[0].int8 else pipe.net
+            net = RowByRow(net)
             tile = some[0].tile
             net = net if tile is None else Windows(net, tile // pipe.factor)
             with tiles(pipe.vae, tile is not None):
                 rows = None if noise is None else noise[first : first + len(some)].split(1)
                 jobs = [begun(pipe, first + i, r, None if rows is None else rows[i]) for i, r in enumerate(some)]
                 pipe.texts_are_read()
+                spare(pipe, pipe.towers.present)
                 advance(jobs, net, callback)
                 follow = enlarged_job if some[0].refiner is None else refined_job
                 again = {job.image: follow(pipe, job) for job in jobs if job.more and job.run.result is not None}
@@ -229,10 +231,17 @@ def frame_of(request: Request, factor: int) -> Frame | None:
 
 def picture(pipe: Pipeline, request: Request, z: Tensor) -> Tensor:
     """The picture (1, 3, H, W) of a resolved request's final latent (1, C, h, w), with what was not masked put back."""
+    spare(pipe, [pipe.denoiser])
     with tiles(pipe.vae, request.tile is not None):
         x = pipe.decode(z)
     frame = frame_of(request, pipe.factor) if request.paste else None
     return x if frame is None else frame.put_back(x)
+
+
+def spare(pipe: Pipeline, networks: Iterable[nn.Module]) -> None:
+    """Networks rest now, where their weights stay on a CPU."""
+    if pipe.memory == "fast" and pipe.runtime.device.type == "cpu":
+        idle(networks)
 
 
 def _fresh(x: Tensor, /) -> Tensor:

@@ -1,4 +1,4 @@
-"""Out of memory: what is tried then, by rule, and how it is said.
+"""Memory that goes between the stages of a picture; and out of memory: what is tried then, and how it is said.
 
 First the autoencoder works in tiles, then the network gets one row at a time. Both change pictures by rounding and by
 the seams of tiles only, which the autoencoder blends.
@@ -7,7 +7,7 @@ the seams of tiles only, which the autoencoder blends.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from sfumato.cond import Cond
 from sfumato.models.autoencoder import Coder
+from sfumato.weights.mapped import FileRanges, release_unwritten, trim
 
+LARGE = 2**28  # bytes of a file's pages that are worth handing back between the stages of a picture
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -76,6 +78,19 @@ class RowByRow:
             log.warning("out of memory: %d pictures at once are too many; the network gets one from now on", len(x))
         rows = (slice(i, i + 1) for i in range(len(x)))
         return torch.cat([self.net(x[row], t[row], cond[row], *perturb) for row in rows])
+
+
+def idle(networks: Iterable[nn.Module]) -> None:
+    """Networks will not be called for a while: pages of large ones' files go, and memory that is kept for buffers.
+
+    Only pages that nothing was written to; they come again, from the system's cache, when they are touched.
+    """
+    files = FileRanges()
+    tensors = [weight for network in networks for weight in network.parameters() if weight in files]
+    if sum(weight.nbytes for weight in tensors) >= LARGE:
+        for weight in tensors:
+            release_unwritten(weight)
+        trim()
 
 
 def _empty() -> None:

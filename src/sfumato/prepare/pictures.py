@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sfumato.kernels import available, group_norm
 from sfumato.kernels.product import PACKED_UP_TO
+from sfumato.models.autoencoder import Encoder
 from sfumato.models.layers import GroupNorm, ResnetBlock2D, Upsample2D
 from sfumato.models.unet import UNet
 from sfumato.prepare.way import Stamp, Way, has_onednn, multiplies, onednn_takes, quick, stamp, unwatched
@@ -105,6 +106,18 @@ class Residual(Way[ResnetBlock2D]):
         h = block.norm2(h)
         h = convolved(second, h, second.bias, x if block.conv_shortcut is None else block.conv_shortcut(x))
         return h if block.out_scale == 1.0 else h.div_(block.out_scale)
+
+
+class LaidOut(Way[Encoder]):
+    """An encoder whose filters are stored channels-last when it is called first, as most pictures never need it."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The encoder's own."""
+        with torch.inference_mode(False), torch.no_grad():
+            for weight in self.module.parameters():
+                if weight.ndim == 4 and not lies_last(weight):
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        return self.plain(x)
 
 
 class Doubled(Way[Upsample2D]):

@@ -109,6 +109,18 @@ def release(tensor: Tensor) -> None:
     _advise(tensor, mmap.MADV_DONTNEED)
 
 
+def release_unwritten(tensor: Tensor) -> bool:
+    """As `release`, unless something was written to the tensor; whether it was done.
+
+    For views of private mappings that nobody is writing to meanwhile. The system keeps what was read in its cache as
+    long as it has room, so that touching the tensor again costs little.
+    """
+    written = _written(tensor)
+    if not written:
+        release(tensor)
+    return not written
+
+
 def page_out(tensor: Tensor) -> None:
     """Ask the system to take the memory of a tensor that will not be needed soon; nothing in it is lost.
 
@@ -145,10 +157,32 @@ class FileRanges:
         return i >= 0 and begin + tensor.numel() * tensor.element_size() <= self._ends[i]
 
 
-def _advise(tensor: Tensor, advice: int) -> None:
+def _pages(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the whole pages of a tensor: the first one's begin and the last one's end."""
     page = mmap.PAGESIZE
     begin = -(-tensor.data_ptr() // page) * page
-    end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+    return begin, (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+
+
+def _written(tensor: Tensor) -> bool:
+    """Whether a page of a private mapping is no longer the file's; True where the system does not say."""
+    begin, end = _pages(tensor)
+    maps = Path("/proc/self/pagemap")
+    if end <= begin:
+        return False
+    if not maps.exists():
+        return True
+    with open(maps, "rb", buffering=0) as file:
+        file.seek(begin // mmap.PAGESIZE * 8)
+        rows = bytearray(file.read((end - begin) // mmap.PAGESIZE * 8))
+    if len(rows) * mmap.PAGESIZE != (end - begin) * 8:
+        return True
+    states = torch.frombuffer(rows, dtype=torch.int64) >> 61  # a row's highest bits: -4 there, 2 swapped, 1 the file's
+    return bool(((states & 6 != 0) & (states & 1 == 0)).any())
+
+
+def _advise(tensor: Tensor, advice: int) -> None:
+    begin, end = _pages(tensor)
     if sys.platform == "linux" and end > begin:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
 
