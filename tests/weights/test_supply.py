@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sfumato.weights import single, supply
+from sfumato.weights.compvis import openclip_map
 from sfumato.weights.detect import home_of
 from sfumato.weights.folder import load_folder, save_folder
 from sfumato.weights.model import load_model, save_model
@@ -157,6 +158,20 @@ def test_a_model_in_several_files(pieces: Any) -> None:
     (folder / "spiece.model").write_bytes(spiece())
     for base in ([*clips, paths["t5xxl"]], ",".join([*clips, paths["t5xxl"]])):
         assert_same(load_model(paths["transformer"], None, vae=vae, base=base), parts)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_second_tower_in_openclips_own_names(pieces: Any, whole: bool) -> None:
+    """As OpenCLIP spells it, without prefix, also with its tower for pictures beside it."""
+    parts, paths, folder = pieces
+    table = openclip_map(parts.text_encoder_2.config)
+    tensors = {key: t.contiguous() for key, t in table.save(parts.text_encoder_2.state_dict()).items()}
+    assert {"token_embedding.weight", "positional_embedding", "text_projection"} < tensors.keys()
+    more = {"logit_scale": torch.zeros(()), "visual.conv1.weight": torch.zeros(2, 3, 4, 4)} if whole else {}
+    save_file(tensors | more, folder / "open_clip.safetensors")
+    assert report(folder / "open_clip.safetensors").kind == "text encoder"
+    base = [paths["ae"], paths["clip_l"], folder / "open_clip.safetensors"]
+    assert_same(load_model(paths["transformer"], None, base=base), parts, NAMES[:4])
 
 
 def test_the_tokenizer_of_t5_is_looked_for(pieces: Any) -> None:

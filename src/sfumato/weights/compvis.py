@@ -148,8 +148,11 @@ def old_attention_map(config: AutoencoderConfig | VQConfig | UNetConfig) -> KeyM
 
 
 def clip_map(config: CLIPTextConfig) -> KeyMap:
-    """CLIP's text tower as transformers names it."""
-    extras = ("text_model.embeddings.position_ids", "text_projection", "text_projection.weight", "logit_scale")
+    """CLIP's text tower as transformers names it; in CLIP's own files the tower for pictures beside it is an extra."""
+    extras = (
+        *("text_model.embeddings.position_ids", "text_projection", "text_projection.weight", "logit_scale"),
+        *("vision_model.*", "visual_projection.weight"),
+    )
     names = network(config).state_dict()
     return KeyMap(tuple(Row((name,), name) for name in names), extras)
 
@@ -164,8 +167,8 @@ def bare_clip_map(config: CLIPTextConfig) -> KeyMap:
 def openclip_map(config: CLIPTextConfig) -> KeyMap:
     """OpenCLIP's text tower (open_clip/transformer.py), whose q, k and v are one matrix.
 
-    The files of SD 2.x have one more layer than the model reads, and a projection: these are extras. Where a model
-    reads the projection, theirs multiplies from the right.
+    The files of SD 2.x have one more layer than the model reads, and a projection: these are extras, and so is the
+    tower for pictures in OpenCLIP's own files. Where a model reads the projection, theirs multiplies from the right.
     """
     layers = config.num_hidden_layers
     blocks = {f"text_model.encoder.layers.{i}": f"transformer.resblocks.{i}" for i in range(layers)}
@@ -189,6 +192,7 @@ def openclip_map(config: CLIPTextConfig) -> KeyMap:
         "text_projection",
         "logit_scale",
         "attn_mask",
+        "visual.*",
     )
     return KeyMap(tuple(rows), extras)
 

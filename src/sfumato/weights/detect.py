@@ -135,7 +135,7 @@ CLIP_PREFIXES: Mapping[str, tuple[str, ...]] = {
     TEXT_2: (SD3_TOWERS[TEXT_2] + "transformer.", "text_encoder_2."),
 }
 OPENCLIP_PREFIXES: Mapping[str, tuple[str, ...]] = {
-    TEXT: (compvis.OPENCLIP,),
+    TEXT: (compvis.OPENCLIP, ""),
     TEXT_2: ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
 }
 T5_PREFIXES = (SD3_TOWERS[TEXT_3] + "transformer.", "text_encoder_3.", "")
