@@ -62,17 +62,18 @@ def batches(
 ) -> Iterator[tuple[int, Outfit, Sequence[Request]]]:
     """Neighbours to be made together: (place of the first, outfit, requests).
 
-    most: so many of one outfit, tile and refiner; or a function that says how many like a request, and then of those
+    most: so many of one outfit, tile, refiner and int8; or a function that says how many like a request, and then of those
           that differ in nothing but their seeds.
     """
     first = 0
     while first < len(requests):
         wanted = outfit(requests[first])
         end = first + 1
-        alike = (wanted, requests[first].tile, requests[first].refiner)
+        alike = (wanted, requests[first].tile, requests[first].refiner, requests[first].int8)
         limit = most if isinstance(most, int) else most(requests[first])
         while end < min(first + limit, len(requests)):
-            if (outfit(requests[end]), requests[end].tile, requests[end].refiner) != alike:
+            other = requests[end]
+            if (outfit(other), other.tile, other.refiner, other.int8) != alike:
                 break
             if not isinstance(most, int) and not siblings(requests[first], requests[end]):
                 break

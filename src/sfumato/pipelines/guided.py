@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
-from sfumato.approximate import able
+from sfumato.approximate import able, why_not
 from sfumato.cond import Cond
 from sfumato.diffusion.around import PAG, Limited, Rescale, Within, levels_inside, levels_of, skipping, thresholded
 from sfumato.diffusion.guidance import APG, CFG, CFGPP, Guidance, InstructCFG, Plain, Turns
@@ -145,6 +145,9 @@ def check_reuse(request: Request, denoiser: Denoiser, name: str) -> None:
     why = able(denoiser) if getattr(request, right) else ""
     if why:
         raise ValueError(f"{right} = {getattr(request, right):g}, but {why}; leave it out")
+    why = why_not(denoiser) if request.int8 else ""
+    if why:
+        raise ValueError(f"int8 is not for {name} here: {why}; leave it out")
 
 
 def numbered(layers: Sequence[int]) -> str:

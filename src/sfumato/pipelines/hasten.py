@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from sfumato.models.mmdit import MMDiTConfig
 from sfumato.pipelines.request import Request
 from sfumato.presets import Preset
 
-# By what denoises: the settings, each an option of its own.
-FAST_UNET: Mapping[str, Any] = MappingProxyType({"deep_cache": 3, "guidance_interval": (0.0, 0.9)})
-FAST_TRANSFORMER: Mapping[str, Any] = MappingProxyType({"block_cache": 0.1, "guidance_interval": (0.0, 0.9)})
+GUIDED = (0.1, 1.0)  # the first steps, where guidance changes least
+EVERY = 2  # of so many steps one computes a U-Net's deep part
+FEWEST = 10  # steps that are near enough to one another to share anything
+LIMIT = 0.1  # of the change in a transformer's first block
 
 
 def hastened(request: Request, preset: Preset) -> Request:
     """The request with the settings that `fast` stands for in its place, so that a recipe says what was done.
 
-    What the request says itself stays. A U-Net of one level, a transformer of one block, and guidance that is not
-    there have nothing to save.
+    What the request says itself stays. Fewer than `FEWEST` steps, a U-Net of one level, a transformer of one block and
+    guidance that is not there have nothing to save.
     """
     if not request.fast:
         return request
     config = preset.denoiser
-    transformer = isinstance(config, MMDiTConfig)
-    wanted = dict(FAST_TRANSFORMER if transformer else FAST_UNET)
-    if (config.num_layers if isinstance(config, MMDiTConfig) else len(config.block_out_channels)) < 2:
-        wanted.pop("block_cache" if transformer else "deep_cache")
     steps = request.num_inference_steps or preset.num_inference_steps
     scale = preset.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    if not preset.texts or (scale == 1 and request.cfg_pp is None) or steps < 2:
-        wanted.pop("guidance_interval")
+    wanted: dict[str, Any] = {}
+    if steps < FEWEST:
+        return request.model_copy(update={"fast": False})
+    if isinstance(config, MMDiTConfig) and config.num_layers > 1:
+        wanted["block_cache"] = LIMIT
+    elif not isinstance(config, MMDiTConfig) and len(config.block_out_channels) > 1:
+        wanted["deep_cache"] = EVERY
+    if preset.texts and (scale != 1 or request.cfg_pp is not None):
+        wanted["guidance_interval"] = GUIDED
     opened = {name: value for name, value in wanted.items() if getattr(request, name) is None}
     return request.model_copy(update={**opened, "fast": False})

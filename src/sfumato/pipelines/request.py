@@ -27,6 +27,8 @@ from sfumato.pipelines.fields import (
     MAX_SEED,
     MAX_SIDE,
     MAX_WORDS,
+    BlockCache,
+    DeepCache,
     Flag,
     Given,
     KnownAPG,
@@ -202,6 +204,16 @@ class Request(BaseModel):
         ),
         Flag(value="QUANTILE[,RANGE]"),
     ] = None
+    deep_cache: DeepCache = None
+    block_cache: BlockCache = None
+    int8: Annotated[
+        bool,
+        Field(description="Multiply a transformer's weights in 8 bits on a CPU; changes the picture (default: no)."),
+    ] = False
+    fast: Annotated[
+        bool,
+        Field(description="Save time where it changes the picture little, see docs/speed.md (default: no)."),
+    ] = False
     rescale_betas_zero_snr: Annotated[
         bool | None,
         Field(description="Let the noise levels begin at pure noise, for v-predicting models (default: the model's)."),
