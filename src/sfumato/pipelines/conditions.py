@@ -62,8 +62,8 @@ def batches(
 ) -> Iterator[tuple[int, Outfit, Sequence[Request]]]:
     """Neighbours to be made together: (place of the first, outfit, requests).
 
-    most: so many of one outfit, tile, refiner and int8; or a function that says how many like a request, and then of those
-          that differ in nothing but their seeds.
+    most: so many of one outfit, tile, refiner and int8; or a function that says how many like a request, and then of
+          those that differ in nothing but their seeds.
     """
     first = 0
     while first < len(requests):
