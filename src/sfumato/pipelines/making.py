@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sfumato.approximate import reuse, rounded
-from sfumato.approximate import reuse, rounded
 from sfumato.diffusion.brownian import PictureNoise
 from sfumato.diffusion.drive import Run, drive
 from sfumato.diffusion.keep import Keep
