@@ -8,7 +8,7 @@ from sfumato.models.mmdit import MMDiTConfig
 from sfumato.pipelines.request import Request
 from sfumato.presets import Preset
 
-GUIDED = (0.1, 1.0)  # the first steps, where guidance changes least
+GUIDED = (0.1, 1.0)  # of the steps of a U-Net, which guidance changes little in the first ones
 EVERY = 2  # of so many steps one computes a U-Net's deep part
 FEWEST = 10  # steps that are near enough to one another to share anything
 LIMIT = 0.1  # of the change in a transformer's first block
@@ -32,7 +32,8 @@ def hastened(request: Request, preset: Preset) -> Request:
         wanted["block_cache"] = LIMIT
     elif not isinstance(config, MMDiTConfig) and len(config.block_out_channels) > 1:
         wanted["deep_cache"] = EVERY
-    if preset.texts and (scale != 1 or request.cfg_pp is not None):
+    # A transformer on a flow path decides much in the first steps.
+    if not isinstance(config, MMDiTConfig) and preset.texts and (scale != 1 or request.cfg_pp is not None):
         wanted["guidance_interval"] = GUIDED
     opened = {name: value for name, value in wanted.items() if getattr(request, name) is None}
     return request.model_copy(update={**opened, "fast": False})
