@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "machine": set(),
     "kernels": set(),
     "runtime": {"allocator", "machine"},
-    "prepare": LEAVES | {"kernels", "models", "runtime"},
+    "prepare": LEAVES | {"allocator", "kernels", "models", "runtime"},
     "approximate": LEAVES | {"models", "prepare"},
     "compiling": LEAVES | {"models", "runtime"},
     "presets": LEAVES | {"models"},

@@ -32,7 +32,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("same_time", [True, False])
-@pytest.mark.parametrize("name", [*(name for name in WAYS if name != "encoders"), "all"])
+@pytest.mark.parametrize("name", [*WAYS, "all"])
 def test_a_prepared_network_says_the_same(tiny_pipe: Pipeline, name: str, same_time: bool) -> None:
     net = tiny_pipe.unet.to(memory_format=torch.channels_last)
     keys, plain = list(net.state_dict()), asked(net, same_time)
@@ -47,18 +47,6 @@ def test_a_prepared_network_says_the_same(tiny_pipe: Pipeline, name: str, same_t
     undo()
     assert not any("forward" in module.__dict__ for module in net.modules())
     assert torch.equal(asked(net, same_time), plain)
-
-
-def test_an_encoder_is_laid_out_when_it_is_called(tiny_pipe: Pipeline) -> None:
-    encoder, x = tiny_pipe.vae.encoder, torch.randn(1, 3, 16, 16)
-    weight = encoder.conv_in.weight
-    with torch.inference_mode():
-        plain = encoder(x)
-        prepare(tiny_pipe.vae)
-        assert not weight.is_contiguous(memory_format=torch.channels_last)
-        for _ in range(2):
-            assert difference(encoder(x), plain) < BOUND
-    assert encoder.conv_in.weight is weight and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_other_weights_are_noticed(tiny_pipe: Pipeline) -> None:

@@ -87,6 +87,12 @@ def kept() -> Iterator[None]:
         KEEPER.leave()
 
 
+def trim() -> None:
+    """Give back what is free now, also while large buffers are kept; does nothing where the policy is "system"."""
+    if policy()[0] == "keep":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _glibc() -> bool:
     try:
         return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")

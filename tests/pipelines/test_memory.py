@@ -31,3 +31,16 @@ def test_pages_go_between_stages_and_changes_stay(
         pictures += [pipe("a red apple", num_inference_steps=2, seed=0, output_type="pt").images for _ in range(2)]
         assert bool(released) == (large == 0)
     assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+
+
+def test_halves_of_an_autoencoder_are_laid_out_when_they_are_called(tiny_pipe: Pipeline) -> None:
+    weights = [half.conv_in.weight for half in (tiny_pipe.vae.encoder, tiny_pipe.vae.decoder)]
+    laid_out = lambda: [weight.is_contiguous(memory_format=torch.channels_last) for weight in weights]  # noqa: E731
+    tiny_pipe.lay_out()
+    assert laid_out() == [False, False]
+    picture = tiny_pipe("a red apple", num_inference_steps=1, seed=0).images[0]
+    assert laid_out() == [False, True]
+    tiny_pipe("a red apple", image=picture, num_inference_steps=2, seed=0)
+    assert laid_out() == [True, True] and tiny_pipe.vae.encoder.conv_in.weight is weights[0]
+    tiny_pipe.set_memory("balanced")
+    assert not any("forward" in module.__dict__ for module in tiny_pipe.vae.modules())

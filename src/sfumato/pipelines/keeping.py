@@ -15,6 +15,7 @@ from sfumato.allocator import kept
 from sfumato.compiling import compiled
 from sfumato.models.autoencoder import Coder
 from sfumato.pipelines.fit import Memory, check_memory, closed, networks, resident
+from sfumato.pipelines.memory import LaidOut
 from sfumato.prepare import prepare
 from sfumato.runtime import Runtime, check_compile
 from sfumato.weights.safe import lay_out
@@ -116,7 +117,11 @@ class Keeping:
         how = self.runtime.compile
         if self.runtime.channels_last:
             for network in (self.denoiser, self.vae):
-                lay_out(network.decoder if isinstance(network, Coder) else network)  # encoders: see `prepare`
+                if isinstance(network, Coder):
+                    halves = network.encoder, network.decoder
+                    self._plain = {**{id(half): LaidOut.when_called(half) for half in halves}, **self._plain}
+                else:
+                    lay_out(network)
                 if how == "off" or network is self.vae:
                     self._plain = {id(network): prepare(network), **self._plain}
         if how != "off":

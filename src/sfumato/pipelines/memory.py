@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from sfumato.cond import Cond
 from sfumato.models.autoencoder import Coder
+from sfumato.prepare import Way
 from sfumato.weights.mapped import FileRanges, release_unwritten, trim
+from sfumato.weights.safe import lay_out
 
 LARGE = 2**28  # bytes of a file's pages that are worth handing back between the stages of a picture
 log = logging.getLogger(__name__)
@@ -78,6 +80,23 @@ class RowByRow:
             log.warning("out of memory: %d pictures at once are too many; the network gets one from now on", len(x))
         rows = (slice(i, i + 1) for i in range(len(x)))
         return torch.cat([self.net(x[row], t[row], cond[row], *perturb) for row in rows])
+
+
+class LaidOut(Way[nn.Module]):
+    """A half of an autoencoder whose kernels are laid out when it is called first: many pictures need one half only."""
+
+    @staticmethod
+    def when_called(half: nn.Module) -> Callable[[], None]:
+        """Have that done; returns what leaves the half as it is by then. Nothing is done where it was done before."""
+        if "forward" in half.__dict__:
+            return lambda: None
+        object.__setattr__(half, "forward", LaidOut(half))
+        return lambda: half.__dict__.pop("forward", None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The half's own."""
+        lay_out(self.module)
+        return self.plain(x)
 
 
 def idle(networks: Iterable[nn.Module]) -> None:

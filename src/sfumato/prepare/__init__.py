@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import nn
 
-from sfumato.models.autoencoder import Encoder
 from sfumato.models.layers import (
     GEGLU,
     Attention,
@@ -26,7 +25,7 @@ from sfumato.models.layers import (
     Upsample2D,
 )
 from sfumato.models.unet import UNet
-from sfumato.prepare.pictures import Convolution, Doubled, LaidOut, Normed, Residual, Time
+from sfumato.prepare.pictures import Convolution, Doubled, Normed, Residual, Time
 from sfumato.prepare.tokens import Block, Gated, Joined, Tokens
 from sfumato.prepare.way import Way
 
@@ -38,7 +37,6 @@ WAYS: dict[str, tuple[type[nn.Module], str, type[Way[Any]]]] = {
     "convolutions": (nn.Conv2d, "forward", Convolution),
     "residuals": (ResnetBlock2D, "forward", Residual),
     "doublings": (Upsample2D, "forward", Doubled),
-    "encoders": (Encoder, "forward", LaidOut),
     "time": (UNet, "_time", Time),
     "attention": (Attention, "forward", Joined),
     "geglu": (GEGLU, "forward", Gated),

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.allocator import trim
 from sfumato.kernels import available, group_norm
 from sfumato.kernels.product import PACKED_UP_TO
-from sfumato.models.autoencoder import Encoder
 from sfumato.models.layers import GroupNorm, ResnetBlock2D, Upsample2D
 from sfumato.models.unet import UNet
 from sfumato.prepare.way import Stamp, Way, has_onednn, multiplies, onednn_takes, quick, stamp, unwatched
 from sfumato.runtime import cpu_has_tiles
 
+ROOMY = 2**26  # bytes of a picture beside which the free memory between buffers is too much to keep
 # Pixels of all pictures up to which the layout of a convolution's weights costs more than a copy of them is worth.
 FEW_PIXELS, FEW_PIXELS_WITH_TILES = 512, 16384
 
@@ -96,6 +97,8 @@ class Residual(Way[ResnetBlock2D]):
         first, second, time = block.conv1, block.conv2, block.time_emb_proj
         if not quick(x, first.weight) or not unwatched(first, second):
             return self.plain(x, temb)
+        if x.nbytes >= ROOMY:
+            trim()
         h = block.norm1(x)
         if time is None or temb is None:
             h = first(h)  # (B, C_out, H, W)
@@ -108,18 +111,6 @@ class Residual(Way[ResnetBlock2D]):
         return h if block.out_scale == 1.0 else h.div_(block.out_scale)
 
 
-class LaidOut(Way[Encoder]):
-    """An encoder whose filters are stored channels-last when it is called first, as most pictures never need it."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The encoder's own."""
-        with torch.inference_mode(False), torch.no_grad():
-            for weight in self.module.parameters():
-                if weight.ndim == 4 and not lies_last(weight):
-                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-        return self.plain(x)
-
-
 class Doubled(Way[Upsample2D]):
     """Repeated rows and columns that are only read: the convolution after them looks at each pixel where it lies."""
 
@@ -127,6 +118,8 @@ class Doubled(Way[Upsample2D]):
         """(B, C, H, W) -> (B, C, 2 H, 2 W)."""
         way = self.module.conv.__dict__.get("forward")
         fits = size is None or tuple(size) == (2 * x.shape[2], 2 * x.shape[3])
+        if 4 * x.nbytes >= ROOMY and quick(x, self.module.conv.weight):
+            trim()
         done = way.doubled(x) if fits and isinstance(way, Convolution) else None
         return self.plain(x, size) if done is None else done
 
