@@ -1,4 +1,4 @@
-"""The compiled library, and one whose AVX512 code is made of AVX2 instructions."""
+"""The compiled library, and one whose code for AVX512 and AMX is made of AVX2 instructions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from sfumato.kernels import available, library_reason
 from sfumato.kernels.build import build
-from sfumato.kernels.library import Library, declared
+from sfumato.kernels.library import TILES, Library, declared
 
 needs_library = pytest.mark.skipif(available() is None, reason=library_reason())
 
@@ -18,7 +18,13 @@ needs_library = pytest.mark.skipif(available() is None, reason=library_reason())
 def emulated(pytestconfig: pytest.Config) -> Library:
     """Compiled once for each change of the sources and kept with pytest's cache."""
     out = Path(pytestconfig.cache.mkdir("kernels"), "emulated.so")  # type: ignore[union-attr]
-    problem = build(out, emulated=("avx512",))
+    problem = build(out, emulated=("avx512", "amx"))
     if problem is not None:
         pytest.skip(problem)
     return Library(declared(ctypes.CDLL(str(out))), 2, None)
+
+
+@pytest.fixture(scope="session")
+def emulated_tiles(emulated: Library) -> Library:
+    """The same, with the kernels of a processor with AMX."""
+    return Library(emulated.handle, TILES, None)

@@ -157,7 +157,6 @@ def test_where_pytorch_is_as_good_it_answers() -> None:
     assert kernels.attention_pays(*tensors((2, 8, 4096, 40), 77, 40))
     assert not kernels.attention_pays(*tensors((2, 8, 64, 160), 64, 160))
     assert not kernels.attention_pays(*tensors((1, 1, 256, 512), 256, 512))
-    assert not kernels.attention_pays(*(t.bfloat16() for t in tensors((2, 8, 256, 40), 77, 40)))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Kernels in C++ for CPUs where PyTorch's are far from what the machine can do.
 
 They are an optional part: without the compiled library, on another processor, or with SFUMATO_KERNELS=off everything
-goes through PyTorch, and every function here gives the same numbers to rounding. SFUMATO_KERNELS=avx2 or avx512 asks
-for one instruction set. Nothing here has a gradient: with gradients on, PyTorch answers.
+goes through PyTorch, and every function here gives the same numbers to rounding. SFUMATO_KERNELS=avx2, avx512,
+avx512bf16 or amx asks for one instruction set. Nothing here has a gradient: with gradients on, PyTorch answers.
 """
 
 from __future__ import annotations

@@ -24,12 +24,16 @@ FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
     "-Wno-psabi",
 )  # fmt: skip
-# For each instruction set: the compiler's flags, floats a vector, rows of sums in registers.
-ISAS: dict[str, tuple[tuple[str, ...], int, int]] = {
-    "avx2": (("-mavx2", "-mfma"), 8, 6),
-    "avx512": (("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"), 16, 12),
+WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
+PAIRS = (*WIDE, "-mavx512bf16")
+# For each instruction set: its sources, the compiler's flags, floats a vector, rows of sums in registers.
+ISAS: dict[str, tuple[tuple[str, ...], tuple[str, ...], int, int]] = {
+    "avx2": (("attention", "pointwise", "product"), ("-mavx2", "-mfma"), 8, 6),
+    "avx512": (("attention", "pointwise", "product"), WIDE, 16, 12),
+    "avx512bf16": (("tiles",), PAIRS, 16, 12),
+    "amx": (("tiles",), (*PAIRS, "-mamx-tile", "-mamx-bf16"), 16, 12),
 }
-PER_ISA = ("attention", "pointwise", "product")
+OPTIONAL = ("avx512bf16", "amx")  # left out where the compiler does not know them
 SECONDS = 300  # before a compiler is given up
 
 
@@ -72,11 +76,15 @@ def fingerprint(compiler: Sequence[str], emulated: Sequence[str]) -> str:
 
 def compile_all(compiler: Sequence[str], folder: Path, mark: str, emulated: Sequence[str]) -> Path:
     """Each source for each instruction set, side by side, then the library."""
-    jobs: list[tuple[tuple[str, ...], str, list[str]]] = [((), "library", [f'-DMARK="{mark}"'])]
-    for isa, (flags, width, rows) in ISAS.items():
-        real = ISAS["avx2"][0] if isa in emulated else flags
-        for name in PER_ISA:
-            jobs.append((real, name, [f"-DWIDTH={width}", f"-DROWS={rows}", f"-DKERNEL={name}_{isa}"]))
+    plain = (*ISAS["avx2"][1], "-O1")  # wide vectors of narrow ones take long to optimise
+    used = {isa: plain if isa in emulated else entry[1] for isa, entry in ISAS.items()}
+    used = {isa: flags for isa, flags in used.items() if isa not in OPTIONAL or accepts(compiler, flags)}
+    have = [f"-DHAVE_{isa.upper()}" for isa in used]
+    jobs: list[tuple[tuple[str, ...], str, list[str]]] = [((), "library", [f'-DMARK="{mark}"', *have])]
+    for isa, flags in used.items():
+        names, _, width, rows = ISAS[isa]
+        for name in names:
+            jobs.append((flags, name, [f"-DWIDTH={width}", f"-DROWS={rows}", f"-DKERNEL={name}_{isa}"]))
     running = []
     for i, (flags, name, macros) in enumerate(jobs):
         command = [*compiler, *FLAGS, *flags, *macros, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(folder / f"{i}.o")]
@@ -91,6 +99,12 @@ def compile_all(compiler: Sequence[str], folder: Path, mark: str, emulated: Sequ
     made = folder / "library.so"
     run([*compiler, "-shared", "-pthread", "-s", "-o", str(made), *(str(folder / f"{i}.o") for i in range(len(jobs)))])
     return made
+
+
+def accepts(compiler: Sequence[str], flags: Sequence[str]) -> bool:
+    """Whether the compiler knows these flags."""
+    command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, timeout=SECONDS).returncode == 0
 
 
 def run(command: Sequence[str]) -> str:

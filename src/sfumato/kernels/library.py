@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 2  # of the structs below; csrc/library.cpp says the same
-ISAS = ("avx2", "avx512")
+VERSION = 3  # of the structs below; csrc/library.cpp says the same
+ISAS = ("avx2", "avx512", "avx512bf16", "amx")
+PAIRS, TILES = 3, 4  # of those: AVX512 with products of bfloat16 numbers, and with AMX tiles
+WITH = {PAIRS: ", attention in bfloat16 by its pairwise products", TILES: ", attention in bfloat16 on its tiles"}
 CHOICES = ("off", *ISAS)
 VARIABLE = "SFUMATO_KERNELS"
 PATH = Path(__file__).with_name("_native.so")
@@ -40,7 +42,7 @@ class GroupNormArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y")),
         *((name, ctypes.c_int64) for name in ("B", "pixels", "C", "groups")),
         ("eps", ctypes.c_float),
-        ("silu", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("silu", "format")),
     )
 
 
@@ -50,6 +52,7 @@ class GegluArguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "y")),
         *((name, ctypes.c_int64) for name in ("rows", "width", "stride")),
+        ("format", ctypes.c_int32),
     )
 
 
@@ -74,6 +77,7 @@ class ProductArguments(ctypes.Structure):
     )
 
 
+FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 ENTRIES = {
     "attention": AttentionArguments,
     "group_norm": GroupNormArguments,
@@ -85,11 +89,12 @@ ENTRIES = {
 
 @dataclass(frozen=True)
 class Library:
-    """The loaded library with the instruction set to use: 1 for AVX2, 2 for AVX512."""
+    """The loaded library with the instruction set to use, counted from 1 in the order of ISAS."""
 
     handle: ctypes.CDLL
     isa: int
     parallel: int | None  # the address of GOMP_parallel in PyTorch's OpenMP
+    asked: bool = False  # for this instruction set, by the environment
 
     @property
     def panel(self) -> int:
@@ -105,7 +110,7 @@ class Library:
 
 
 def available() -> str | None:
-    """The instruction set whose kernels are used, "avx2" or "avx512", or None; `library_reason` says why."""
+    """The instruction set whose kernels are used, one of ISAS, or None; `library_reason` says why."""
     found, _ = _open()
     return None if found is None else ISAS[found.isa - 1]
 
@@ -148,8 +153,8 @@ def _open() -> tuple[Library | None, str]:
     isa = ISAS.index(asked) + 1 if asked else best
     if isa > best or isa == 0:
         return None, f"kernels off: this {platform.machine()} processor has no {asked or 'AVX2 with FMA'}"
-    found = Library(declared(handle), isa, _parallel())
-    return found, f"kernels for {ISAS[isa - 1]}" + (f", as {VARIABLE} asks" if asked else "")
+    found = Library(declared(handle), isa, _parallel(), bool(asked))
+    return found, f"kernels for {ISAS[isa - 1]}{WITH.get(isa, '')}" + (f", as {VARIABLE} asks" if asked else "")
 
 
 def declared(handle: ctypes.CDLL) -> ctypes.CDLL:

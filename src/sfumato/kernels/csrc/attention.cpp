@@ -17,20 +17,6 @@ constexpr float HIDDEN = -1e30f;     // a maximum before any key was seen
 constexpr float LOG2E = 1.44269504f;
 constexpr int64_t SLACK = 16;        // floats that packing may write beyond its end
 
-INLINE float to_float(float x) { return x; }
-INLINE float to_float(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-INLINE void from_float(float x, float *to) { *to = x; }
-INLINE void from_float(float x, uint16_t *to) {  // round to nearest, ties to even; NaN stays NaN
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    *to = x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 INLINE Vec8 eight(const float *p) { return load8(p); }
 INLINE Vec8 eight(const uint16_t *p) {
     typedef uint16_t Half8 __attribute__((vector_size(16)));

@@ -1,18 +1,52 @@
 // The entry points that Python calls: which instruction sets there are, threads, and one function for each kernel.
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <thread>
 #include <vector>
 
 #include "sfumato.h"
 
-extern const AttentionKernel attention_avx2, attention_avx512;
-extern const PointwiseKernel pointwise_avx2, pointwise_avx512;
+extern const AttentionKernel attention_avx2, attention_avx512, tiles_avx512bf16, tiles_amx;
+extern const PointwiseKernel pointwise_avx2[2], pointwise_avx512[2];
 extern const ProductKernel product_avx2, product_avx512;
 
 namespace {
+
+// The kernels of an instruction set, by format; null where the compiler could not make them.
+struct Kernels {
+    const AttentionKernel *attention[2];
+    const PointwiseKernel *pointwise;
+    const ProductKernel *product;  // only for float32
+};
+
+#ifdef HAVE_AVX512BF16
+#define PAIRS &tiles_avx512bf16
+#else
+#define PAIRS nullptr
+#endif
+#ifdef HAVE_AMX
+#define TILES &tiles_amx
+#else
+#define TILES nullptr
+#endif
+
+enum Isa { NONE, AVX2, AVX512, AVX512BF16, AMX, ISAS };  // library.py counts the same way
+constexpr Kernels KERNELS[ISAS] = {
+    {},
+    {{&attention_avx2, &attention_avx2}, pointwise_avx2, &product_avx2},
+    {{&attention_avx512, &attention_avx512}, pointwise_avx512, &product_avx512},
+    {{&attention_avx512, PAIRS}, pointwise_avx512, &product_avx512},
+    {{&attention_avx512, TILES}, pointwise_avx512, &product_avx512},
+};
+
+constexpr bool known(int isa, int format) { return isa > NONE && isa < ISAS && (format == FLOAT32 || format == BFLOAT16); }
 
 // GNU OpenMP's entry to a parallel region. Taking PyTorch's own by address means one pool of threads, not two.
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
@@ -72,9 +106,21 @@ float *scratch(size_t floats) {
     return buffer.at;
 }
 
-template <class K>
-const K *choose(int isa, const K &avx2, const K &avx512) {
-    return isa == 2 ? &avx512 : isa == 1 ? &avx2 : nullptr;
+// Whether this CPU has the tiles, and the system lets this process use them: Linux wants to be asked, once for all threads.
+bool tiles_allowed() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 24 & 1) == 0 || (d >> 22 & 1) == 0) return false;
+    unsigned low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    constexpr unsigned STATE = 3u << 17;  // configuration and contents of the tiles
+    if ((low & STATE) != STATE) return false;
+    constexpr long PERMISSION = 0x1023, CONTENTS = 18;  // ARCH_REQ_XCOMP_PERM
+    return syscall(SYS_arch_prctl, PERMISSION, CONTENTS) == 0;
+}
+
+bool has_pairs() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
 
 // Into how many tasks to cut `count` rows of `width` floats: enough for the threads, none too small to be worth one.
@@ -85,28 +131,46 @@ int64_t tasks(int64_t count, int64_t width, int threads) {
     return n < 1 ? 1 : n > count ? count : n;
 }
 
+double number(const void *p, int32_t format, int64_t i) {
+    if (format == FLOAT32) return ((const float *)p)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)p)[i] << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised whenever a struct or a function changes; Python refuses another one.
-EXPORT int sfumato_version() { return 2; }
+EXPORT int sfumato_version() { return 3; }
 
 // What the library was built of, for build.py to find in the file.
 EXPORT const char *sfumato_mark() { return MARK; }
 
-// The best instruction set of this CPU that there is code for: 0 none, 1 AVX2 with FMA, 2 AVX512 (F, BW, DQ, VL).
+// The best instruction set of this CPU that there is code for: 0 none, 1 AVX2 with FMA, 2 AVX512 (F, BW, DQ, VL), 3 with
+// AVX512's bfloat16 products, 4 with AMX tiles for bfloat16, too.
 EXPORT int sfumato_isa() {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return NONE;
     bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return wide ? 2 : 1;
+    if (!wide) return AVX2;
+    if (!has_pairs()) return AVX512;
+#ifdef HAVE_AMX
+    if (tiles_allowed()) return AMX;
+#endif
+#ifdef HAVE_AVX512BF16
+    return AVX512BF16;
+#else
+    return AVX512;
+#endif
 }
 
 // These answer 0: done; 1: no such instruction set; 2: out of memory. `parallel` is GOMP_parallel or null.
 EXPORT int sfumato_attention(const Attention *a, int isa, int threads, void *parallel) {
-    const AttentionKernel *k = choose(isa, attention_avx2, attention_avx512);
+    const AttentionKernel *k = known(isa, a->format) ? KERNELS[isa].attention[a->format] : nullptr;
     if (!k) return 1;
     int64_t heads = a->B * a->H, panels = (a->L + k->panel - 1) / k->panel;
     // Long runs of queries share the packing of keys and values; four a thread even out the end.
@@ -125,19 +189,19 @@ EXPORT int sfumato_attention(const Attention *a, int isa, int threads, void *par
 }
 
 EXPORT int sfumato_group_norm(const GroupNorm *a, int isa, int threads, void *parallel) {
-    const PointwiseKernel *k = choose(isa, pointwise_avx2, pointwise_avx512);
-    if (!k) return 1;
-    int64_t C = a->C, wide = C / a->groups;
+    if (!known(isa, a->format)) return 1;
+    const PointwiseKernel *k = &KERNELS[isa].pointwise[a->format];
+    int64_t C = a->C, wide = C / a->groups, size = a->format == FLOAT32 ? 4 : 2;
     if (a->B * a->pixels * C < 32768) threads = 1;  // waiting for another thread twice would cost more
     int64_t parts = tasks(a->pixels, C, threads);
     std::vector<double> sums(a->B * parts * 2 * C);
     std::vector<float> affine(a->B * 2 * C);
     auto part = [&](int64_t i, auto work) {
         int64_t b = i / parts, j = i % parts, lo = j * a->pixels / parts, hi = (j + 1) * a->pixels / parts;
-        work(b, (b * a->pixels + lo) * C, hi - lo);
+        work(b, (b * a->pixels + lo) * C * size, hi - lo);
     };
     for_each(a->B * parts, threads, parallel, [&](int64_t i) {
-        part(i, [&](int64_t, int64_t at, int64_t pixels) { k->moments(a->x + at, pixels, C, &sums[i * 2 * C]); });
+        part(i, [&](int64_t, int64_t at, int64_t pixels) { k->moments((const char *)a->x + at, pixels, C, &sums[i * 2 * C]); });
     });
     for (int64_t b = 0; b < a->B; b++) {
         for (int64_t g = 0; g < a->groups; g++) {
@@ -149,36 +213,37 @@ EXPORT int sfumato_group_norm(const GroupNorm *a, int isa, int threads, void *pa
             double rstd = 1.0 / std::sqrt((variance < 0 ? 0 : variance) + a->eps);
             float *scale = &affine[b * 2 * C], *shift = scale + C;
             for (int64_t c = g * wide; c < (g + 1) * wide; c++) {
-                scale[c] = (float)(a->weight[c] * rstd);
-                shift[c] = (float)(a->bias[c] - mean * rstd * a->weight[c]);
+                double weight = number(a->weight, a->format, c);
+                scale[c] = (float)(weight * rstd);
+                shift[c] = (float)(number(a->bias, a->format, c) - mean * rstd * weight);
             }
         }
     }
     for_each(a->B * parts, threads, parallel, [&](int64_t i) {
         part(i, [&](int64_t b, int64_t at, int64_t pixels) {
             const float *scale = &affine[b * 2 * C];
-            k->normalise(a->x + at, a->y + at, pixels, C, scale, scale + C, a->silu);
+            k->normalise((const char *)a->x + at, (char *)a->y + at, pixels, C, scale, scale + C, a->silu);
         });
     });
     return 0;
 }
 
 EXPORT int sfumato_geglu(const Geglu *a, int isa, int threads, void *parallel) {
-    const PointwiseKernel *k = choose(isa, pointwise_avx2, pointwise_avx512);
-    if (!k) return 1;
-    int64_t parts = tasks(a->rows, a->width, threads);
+    if (!known(isa, a->format)) return 1;
+    const PointwiseKernel *k = &KERNELS[isa].pointwise[a->format];
+    int64_t parts = tasks(a->rows, a->width, threads), size = a->format == FLOAT32 ? 4 : 2;
     for_each(parts, threads, parallel, [&](int64_t i) {
         for (int64_t r = i * a->rows / parts; r < (i + 1) * a->rows / parts; r++) {
-            const float *x = a->x + r * a->stride;
-            k->geglu(x, x + a->width, a->y + r * a->width, a->width);
+            const char *x = (const char *)a->x + r * a->stride * size;
+            k->geglu(x, x + a->width * size, (char *)a->y + r * a->width * size, a->width);
         }
     });
     return 0;
 }
 
 EXPORT int sfumato_layer_norm(const LayerNorm *a, int isa, int threads, void *parallel) {
-    const PointwiseKernel *k = choose(isa, pointwise_avx2, pointwise_avx512);
-    if (!k) return 1;
+    if (!known(isa, FLOAT32)) return 1;
+    const PointwiseKernel *k = &KERNELS[isa].pointwise[FLOAT32];
     int64_t parts = tasks(a->rows, a->width, threads);
     for_each(parts, threads, parallel, [&](int64_t i) {
         for (int64_t r = i * a->rows / parts; r < (i + 1) * a->rows / parts; r++) {
@@ -190,12 +255,12 @@ EXPORT int sfumato_layer_norm(const LayerNorm *a, int isa, int threads, void *pa
 
 // Columns of a panel of packed weights; 0 where there is no such instruction set.
 EXPORT int sfumato_panel(int isa) {
-    const ProductKernel *k = choose(isa, product_avx2, product_avx512);
+    const ProductKernel *k = known(isa, FLOAT32) ? KERNELS[isa].product : nullptr;
     return k ? (int)k->panel : 0;
 }
 
 EXPORT int sfumato_product(const Product *a, int isa, int threads, void *parallel) {
-    const ProductKernel *k = choose(isa, product_avx2, product_avx512);
+    const ProductKernel *k = known(isa, FLOAT32) ? KERNELS[isa].product : nullptr;
     if (!k) return 1;
     int64_t rows = a->B * a->out_H * a->out_W, panels = (a->N + k->panel - 1) / k->panel;
     int64_t wanted = tasks(rows * a->kernel * a->kernel * a->C / 64, a->N, threads);

@@ -8,22 +8,30 @@ namespace {
 constexpr float LOG2E = 1.44269504f;
 constexpr int64_t SHORT = 128;  // pixels that are summed up in float32 before the sums go on in float64
 
-// The first n floats at p, the others 0.
-INLINE Vec load_some(const float *p, int64_t n) {
-    Vec v{};
-    memcpy(&v, p, 4 * n);
-    return v;
+// The first n numbers at p, fewer than a vector has, the others 0.
+template <class T>
+INLINE Vec load_some(const T *p, int64_t n) {
+    T all[WIDTH] = {};
+    memcpy(all, p, sizeof(T) * n);
+    return load(all);
+}
+
+template <class T>
+INLINE void store_some(T *p, Vec v, int64_t n) {
+    T all[WIDTH];
+    store(all, v);
+    memcpy(p, all, sizeof(T) * n);
 }
 
 // x / (1 + e**-x); below -88 the quotient is 0 to float32's smallest numbers.
 INLINE Vec silu(Vec x) { return x / (exp2(smaller(splat(127.0f), x * -LOG2E)) + 1.0f); }
 
 // `sums` of N vectors of channels from c on, over the pixels start ... stop - 1; n channels in the last vector.
-template <int N>
-INLINE void add_moments(const float *x, int64_t start, int64_t stop, int64_t C, int64_t c, int64_t n, double *sums) {
+template <int N, class T>
+INLINE void add_moments(const T *x, int64_t start, int64_t stop, int64_t C, int64_t c, int64_t n, double *sums) {
     Vec sum[N]{}, square[N]{};
     for (int64_t i = start; i < stop; i++) {
-        const float *p = x + i * C + c;
+        const T *p = x + i * C + c;
         for (int j = 0; j < N; j++) {
             Vec v = n == WIDTH ? load(p + j * WIDTH) : load_some(p, n);
             sum[j] += v;
@@ -36,7 +44,9 @@ INLINE void add_moments(const float *x, int64_t start, int64_t stop, int64_t C, 
     }
 }
 
-void moments(const float *x, int64_t pixels, int64_t C, double *sums) {
+template <class T>
+void moments(const void *from, int64_t pixels, int64_t C, double *sums) {
+    const T *x = (const T *)from;
     memset(sums, 0, sizeof(double) * 2 * C);
     for (int64_t start = 0; start < pixels; start += SHORT) {
         int64_t stop = start + SHORT < pixels ? start + SHORT : pixels, c = 0;
@@ -46,7 +56,10 @@ void moments(const float *x, int64_t pixels, int64_t C, double *sums) {
     }
 }
 
-void normalise(const float *x, float *y, int64_t pixels, int64_t C, const float *scale, const float *shift, bool act) {
+template <class T>
+void normalise(const void *from, void *to, int64_t pixels, int64_t C, const float *scale, const float *shift, bool act) {
+    const T *x = (const T *)from;
+    T *y = (T *)to;
     for (int64_t i = 0; i < pixels; i++, x += C, y += C) {
         for (int64_t c = 0; c < C; c += WIDTH) {
             int64_t n = C - c < WIDTH ? C - c : WIDTH;
@@ -55,8 +68,7 @@ void normalise(const float *x, float *y, int64_t pixels, int64_t C, const float 
                 store(y + c, act ? silu(v) : v);
             } else {
                 Vec v = load_some(x + c, n) * load_some(scale + c, n) + load_some(shift + c, n);
-                if (act) v = silu(v);
-                memcpy(y + c, &v, 4 * n);
+                store_some(y + c, act ? silu(v) : v, n);
             }
         }
     }
@@ -75,13 +87,13 @@ INLINE Vec gelu(Vec x) {
     return x * phi;
 }
 
-void geglu(const float *x, const float *gate, float *y, int64_t n) {
+template <class T>
+void geglu(const void *from, const void *by, void *to, int64_t n) {
+    const T *x = (const T *)from, *gate = (const T *)by;
+    T *y = (T *)to;
     int64_t i = 0;
     for (; i + WIDTH <= n; i += WIDTH) store(y + i, load(x + i) * gelu(load(gate + i)));
-    if (i < n) {
-        Vec v = load_some(x + i, n - i) * gelu(load_some(gate + i, n - i));
-        memcpy(y + i, &v, 4 * (n - i));
-    }
+    if (i < n) store_some(y + i, load_some(x + i, n - i) * gelu(load_some(gate + i, n - i)), n - i);
 }
 
 INLINE float total(Vec v) {
@@ -110,5 +122,6 @@ void layer_norm(const float *x, float *y, int64_t n, const float *weight, const 
 
 }  // namespace
 
-extern const PointwiseKernel KERNEL;
-const PointwiseKernel KERNEL = {moments, normalise, geglu, layer_norm};
+extern const PointwiseKernel KERNEL[2];  // by format
+const PointwiseKernel KERNEL[2] = {{moments<float>, normalise<float>, geglu<float>, layer_norm},
+                                   {moments<uint16_t>, normalise<uint16_t>, geglu<uint16_t>, nullptr}};

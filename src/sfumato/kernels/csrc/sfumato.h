@@ -26,19 +26,21 @@ struct AttentionKernel {
 };
 
 // Group norm, with SiLU if `silu`, of a channels-last picture x (B, pixels, C) -> y, both contiguous; weight, bias (C).
+// All four are of one format.
 struct GroupNorm {
-    const float *x, *weight, *bias;
-    float *y;
+    const void *x, *weight, *bias;
+    void *y;
     int64_t B, pixels, C, groups;
     float eps;
-    int32_t silu;
+    int32_t silu, format;
 };
 
 // GEGLU: x (rows, 2 * width) -> y (rows, width) = x[:, :width] * gelu(x[:, width:]), rows of x `stride` apart.
 struct Geglu {
-    const float *x;
-    float *y;
+    const void *x;
+    void *y;
     int64_t rows, width, stride;
+    int32_t format;
 };
 
 // Layer norm of the rows of x (rows, width), both contiguous.
@@ -49,16 +51,15 @@ struct LayerNorm {
     float eps;
 };
 
-// One instruction set's share of the three above.
+// One instruction set's share of the three above, for one format.
 struct PointwiseKernel {
     // Sums, then sums of squares, of each of the C channels: 2 * C numbers.
-    void (*moments)(const float *x, int64_t pixels, int64_t C, double *sums);
+    void (*moments)(const void *x, int64_t pixels, int64_t C, double *sums);
     // y = scale * x + shift by channel, then SiLU if `silu`.
-    void (*normalise)(const float *x, float *y, int64_t pixels, int64_t C, const float *scale, const float *shift,
-                      bool silu);
+    void (*normalise)(const void *x, void *y, int64_t pixels, int64_t C, const float *scale, const float *shift, bool silu);
     // y = x * gelu(gate), n numbers.
-    void (*geglu)(const float *x, const float *gate, float *y, int64_t n);
-    // One row of n numbers.
+    void (*geglu)(const void *x, const void *gate, void *y, int64_t n);
+    // One row of n numbers; only for float32.
     void (*layer_norm)(const float *x, float *y, int64_t n, const float *weight, const float *bias, float eps);
 };
 

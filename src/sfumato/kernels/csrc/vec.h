@@ -10,6 +10,8 @@ namespace {
 
 typedef float Vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t IVec __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Word __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Half __attribute__((vector_size(2 * WIDTH)));  // bfloat16 numbers
 typedef float Vec8 __attribute__((vector_size(32)));
 
 #define INLINE inline __attribute__((always_inline))
@@ -21,6 +23,38 @@ INLINE Vec load(const float *p) {
 }
 
 INLINE void store(float *p, Vec v) { memcpy(p, &v, sizeof v); }
+
+// bfloat16 to float32 and back: to the nearest, ties to even; NaN stays NaN.
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+INLINE void from_float(float x, float *to) { *to = x; }
+INLINE void from_float(float x, uint16_t *to) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    *to = x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+INLINE Vec widened(Half h) { return (Vec)(__builtin_convertvector(h, Word) << 16); }
+INLINE Half narrowed(Vec x) {
+    Word bits = (Word)x, unordered = (Word)(x != x);
+    Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector((rounded & ~unordered) | (unordered & 0x7fc0), Half);
+}
+
+INLINE Vec load(const uint16_t *p) {
+    Half h;
+    memcpy(&h, p, sizeof h);
+    return widened(h);
+}
+
+INLINE void store(uint16_t *p, Vec v) {
+    Half h = narrowed(v);
+    memcpy(p, &h, sizeof h);
+}
 
 INLINE Vec splat(float x) { return x - Vec{}; }
 
@@ -62,24 +96,35 @@ INLINE Vec8 load8(const float *p) {
 
 INLINE void store8(float *p, Vec8 v) { memcpy(p, &v, sizeof v); }
 
+// The lanes i... of a and b, those of b counted on from those of a.
+template <int... i, class V>
+INLINE V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, i...);
+#else
+    typedef int32_t Lanes __attribute__((vector_size(sizeof(V))));
+    return __builtin_shuffle(a, b, Lanes{i...});
+#endif
+}
+
 // Rows to columns of an 8 x 8 square.
 INLINE void transpose8(Vec8 r[8]) {
     Vec8 a[8], b[8];
-#define LOW(x, y) __builtin_shufflevector(x, y, 0, 8, 1, 9, 4, 12, 5, 13)
-#define HIGH(x, y) __builtin_shufflevector(x, y, 2, 10, 3, 11, 6, 14, 7, 15)
+#define LOW(x, y) shuffle<0, 8, 1, 9, 4, 12, 5, 13>(x, y)
+#define HIGH(x, y) shuffle<2, 10, 3, 11, 6, 14, 7, 15>(x, y)
     for (int i = 0; i < 8; i += 2) {
         a[i] = LOW(r[i], r[i + 1]);
         a[i + 1] = HIGH(r[i], r[i + 1]);
     }
     for (int i = 0; i < 8; i += 4) {
         for (int j = 0; j < 2; j++) {
-            b[i + 2 * j] = __builtin_shufflevector(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-            b[i + 2 * j + 1] = __builtin_shufflevector(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+            b[i + 2 * j] = shuffle<0, 1, 8, 9, 4, 5, 12, 13>(a[i + j], a[i + j + 2]);
+            b[i + 2 * j + 1] = shuffle<2, 3, 10, 11, 6, 7, 14, 15>(a[i + j], a[i + j + 2]);
         }
     }
     for (int i = 0; i < 4; i++) {
-        r[i] = __builtin_shufflevector(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        r[i + 4] = __builtin_shufflevector(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+        r[i] = shuffle<0, 1, 2, 3, 8, 9, 10, 11>(b[i], b[i + 4]);
+        r[i + 4] = shuffle<4, 5, 6, 7, 12, 13, 14, 15>(b[i], b[i + 4]);
     }
 #undef LOW
 #undef HIGH
