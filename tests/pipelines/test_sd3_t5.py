@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sfumato.models.t5 import T5EncoderModel
 from sfumato.pipelines import fit, keeping
@@ -16,7 +18,7 @@ from sfumato.pipelines.pipeline import Pipeline, load
 from sfumato.pipelines.request import Request
 from sfumato.weights.folder import save_folder
 from sfumato.weights.mapped import FileRanges
-from sfumato.weights.model import load_model
+from sfumato.weights.model import load_model, save_model
 from sfumato.weights.streaming import Residence
 
 from ..models.parity import assert_close
@@ -80,6 +82,24 @@ def test_it_reads_from_its_file_before_the_network_is_asked(folder: Path, monkey
     t5(pipe).register_forward_hook(lambda *_: events.append("T5"))
     latents(pipe)
     assert events[:2] == ["T5", "T5"] and set(events[2:]) == {"net, T5 in {torch.float16}"}
+
+
+def test_it_stays_in_one_file_as_well(folder: Path, tmp_path: Path) -> None:
+    """From the file of a whole model, and from that of T5 beside the folder of a model that came without."""
+    whole = load_model(folder, None)
+    save_model(whole, tmp_path / "one.safetensors")
+    expected = latents(load(folder, "float32", memory="fast"))
+    for memory in ("fast", "low"):
+        pipe = load(tmp_path / "one.safetensors", "float32", memory=memory, t5="cpu")
+        mapped = FileRanges()
+        assert ready(pipe) == {torch.float16} and all(p in mapped for p in t5(pipe).parameters() if p.ndim == 2)
+        assert_close(f"one file, {memory}", latents(pipe), expected)
+    tensors = {n: t for n, t in load_file(tmp_path / "one.safetensors").items() if "t5xxl" not in n}
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        save_file(tensors, tmp_path / "without.safetensors", file.metadata())
+    parts = load_model(tmp_path / "without.safetensors", base=folder, t5="cpu")
+    assert parts.text_encoder_3 is not None and {p.dtype for p in parts.text_encoder_3.parameters()} == {torch.float16}
+    assert {p.dtype for p in parts.denoiser.parameters()} == {torch.float32}
 
 
 def test_off_reads_nothing_of_it(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

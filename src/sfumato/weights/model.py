@@ -50,7 +50,7 @@ def load_model(
     ema:        take the averaged U-Net where a file has both kinds; None does as the model was published.
     packed:     leave in a file what it has in fewer bits than a tensor can, see `safe.fill`; for dtype = None.
     preset:     the name of its preset, where it looks like several (see `presets.alike`); None goes by names and files.
-    t5:         "off" leaves out T5 where the model may lack it; "cpu" leaves a folder's as it is stored, on the CPU.
+    t5:         "off" leaves out T5 where the model may lack it; "cpu" leaves it as it is stored, on the CPU.
     Raises FileNotFoundError or ValueError in one line.
     """
     path = locate(source, dtype)
@@ -61,9 +61,10 @@ def load_model(
         loaded = load_folder(path, dtype, device, prediction, without=without, stored=stored, kind=preset)
         return loaded if vae is None else replace(loaded, vae=load_vae(vae, dtype, device, loaded.vae.config))
     wanted = [p for p in PARTS if not (p == VAE and vae is not None) and not (p == TEXT_3 and t5 == "off")]
-    single = load_single(path, dtype, device, prediction, ema, wanted, packed=packed, kind=preset)
+    as_stored = (TEXT_3,) if t5 == "cpu" else ()
+    single = load_single(path, dtype, device, prediction, ema, wanted, packed=packed, kind=preset, stored=as_stored)
     own = None if vae is None else load_vae(vae, dtype, device, single.preset.vae)
-    whole = complete(single, own, base, dtype, device, packed)
+    whole = complete(single, own, base, dtype, device, packed, t5)
     return whole if t5 != "off" else replace(whole, text_encoder_3=None, tokenizer_3=None)
 
 
@@ -108,6 +109,7 @@ def complete(
     dtype: torch.dtype | None,
     device: torch.device | str,
     packed: bool = False,
+    t5: str | None = None,
 ) -> Components:
     """A whole model of what a file holds, a separate autoencoder if there is one, and `base` for the rest.
 
@@ -115,10 +117,10 @@ def complete(
     """
 
     def whole(path: Path) -> Components:
-        return load_model(path, dtype, device, packed=packed)
+        return load_model(path, dtype, device, packed=packed, t5=t5)
 
     own = Supply() if vae is None else Supply({VAE: vae})
-    found = completed(single, own, base, dtype, device, whole, packed)
+    found = completed(single, own, base, dtype, device, whole, packed, (TEXT_3,) if t5 == "cpu" else ())
     networks, tokenizers = found.networks, found.tokenizers
     second, third = (tokenizers.get(part) if part in networks else None for part in (TEXT_2, TEXT_3))
     return Components(

@@ -92,6 +92,7 @@ def load_single(
     presets: Sequence[Preset] = SINGLE,
     packed: bool = False,
     kind: str | None = None,
+    stored: Sequence[str] = (),
 ) -> Single:
     """Read a model file: safetensors, a pickled checkpoint or GGUF, told by content.
 
@@ -101,6 +102,7 @@ def load_single(
     only:       the components to read.
     packed:     leave what is no view of the file in it, see `safe.fill`.
     kind:       the name of its preset, where it looks like several.
+    stored:     components that are left as the file has them, on the CPU.
     Raises FileNotFoundError, or ValueError for a file that is unsafe, damaged, or no known model.
     """
     weights = open_weights(path)
@@ -113,11 +115,12 @@ def load_single(
     check_rest(weights, found)
     averaged = found.ema and (preset.ema if ema is None else ema)
     placed = weights.to(dtype, device)
-    networks = {
-        part: read_part(placed, found.places, part, config_of(preset, part), averaged and part == DENOISER, packed)
-        for part in found.places
-        if part in only
-    }
+
+    def read(part: str) -> nn.Module:
+        here, form = (weights.to(None, "cpu"), True) if part in stored else (placed, packed)
+        return read_part(here, found.places, part, config_of(preset, part), averaged and part == DENOISER, form)
+
+    networks = {part: read(part) for part in found.places if part in only}
     if isinstance(depth := networks.get(DEPTH), DepthEstimator):
         depth.processor = read_processor(weights)
     return Single(

@@ -82,10 +82,11 @@ def completed(
     device: torch.device | str,
     opener: Opener,
     packed: bool = False,
+    stored: Sequence[str] = (),
 ) -> Supply:
     """All parts of the model in a file: `own` first, which may have replaced some, then the file's, then the base's.
 
-    opener: opens a whole model; packed: see `safe.fill`.
+    opener: opens a whole model; packed: see `safe.fill`; stored: see `load_single`.
     Raises ValueError when a part is missing, a source has none that goes with the model, or T5 has no tokenizer.
     """
     preset = single.preset
@@ -93,7 +94,7 @@ def completed(
     if not missing(preset, own, optional=True):
         base = None  # it would be read in vain
     for source in sources(base):
-        own.add(supplied(source, preset, dtype, device, opener, packed))
+        own.add(supplied(source, preset, dtype, device, opener, packed, stored))
     lacking = missing(preset, own)
     if lacking:
         denoiser = "transformer" if isinstance(preset.denoiser, MMDiTConfig) else "U-Net"
@@ -122,6 +123,7 @@ def supplied(
     device: torch.device | str,
     opener: Opener,
     packed: bool = False,
+    stored: Sequence[str] = (),
 ) -> Supply:
     """What a source has for a model; ValueError when that is nothing."""
     path = Path(source).expanduser()
@@ -145,7 +147,8 @@ def supplied(
         part = _place_of(preset, partial(spells, place.dialect), place.signature)
         if part is not None:
             config = config_of(preset, part)
-            found.networks[part] = read_part(placed, there, name, config, packed=packed)
+            here, form = (weights.to(None, "cpu"), True) if part in stored else (placed, packed)
+            found.networks[part] = read_part(here, there, name, config, packed=form)
             if part in TOWERS:
                 found.tokenizers[part] = read_tokenizer(weights, text_of(preset, part), TOWERS.index(part))
     if not found.networks:
