@@ -27,7 +27,7 @@ from sfumato.models.unet import UNet
 from sfumato.pipelines.check import size
 from sfumato.pipelines.request import Request
 from sfumato.prepare import VARIABLE
-from sfumato.runtime import Runtime
+from sfumato.runtime import Runtime, cpu_has_tiles
 from sfumato.weights.model import load_model, locate
 from sfumato.weights.parts import Components, HasComponents, preset_of
 from sfumato.weights.streaming import SMALL, Residence, own_tensors
@@ -44,7 +44,8 @@ TILE = 512  # pixels
 CODER_MAPS = 4.0  # of a picture of the autoencoder's second width at full height and width
 UNET_MAPS = 16.0  # of a row's latent picture of the U-Net's first width
 TOKEN_MAPS = 24.0  # of a row's tokens, text and picture, of the transformer's width
-PREPARED = 0.75  # of the U-Net's weights: copies of some in quicker forms (`prepare`), and buffers that are kept
+# Of the U-Net's weights: copies in quicker forms (`prepare`) of some, for AMX tiles of most; buffers that are kept.
+PREPARED, PREPARED_FOR_TILES = 0.1, 0.75
 TEXT_TOKENS = 77 + 256
 REST = 100 * 2**20  # what an open model takes besides: modules, vocabulary, small tensors
 GIB = 2**30
@@ -169,7 +170,8 @@ def estimate(
     rest = REST + sum(one.weights if request.t5 == "keep" else one.largest for one in apart)
     if memory == "fast":
         prepared = os.environ.get(VARIABLE) != "off" if prepared is None else prepared
-        more = PREPARED * sum(one.weights for one in stages["denoiser"]) if prepared and is_unet(parts) else 0
+        share = PREPARED_FOR_TILES if cpu_has_tiles() else PREPARED
+        more = share * sum(one.weights for one in stages["denoiser"]) if prepared and is_unet(parts) else 0
         weights = sum(one.weights for some in stages.values() for one in some)
         return rest + weights + round(more) + max(work.values())
     peaks = []
