@@ -146,6 +146,17 @@ def test_learned_words_of_two_towers(folders: Folders, peer: Peer, tmp_path: Pat
     assert refiner.tokenizer is None and "moods" in refiner.tokenizer_2.expansions
 
 
+def test_the_autoencoder_in_more_bits(folders: Folders) -> None:
+    pipe = door(BASE, folders[BASE])
+    expected = pipe(**TEXTS, **SIZE, output_type="np", generator=seeded()).images
+    pipe.vae.to(dtype=torch.bfloat16)
+    pipe.upcast_vae()
+    assert pipe.vae.dtype == torch.float32 and pipe.unet.dtype == torch.float32
+    difference = np.abs(pipe(**TEXTS, **SIZE, output_type="np", generator=seeded()).images - expected).max()
+    print(f"after bfloat16: largest difference {difference:.4f}")
+    assert 0 < difference < 0.2
+
+
 def test_what_a_door_saves_opens_again(folders: Folders, tmp_path: Path) -> None:
     for family in (BASE, REFINER, INPAINT):
         pipe = door(REFINER if family == REFINER else family, folders[family])
