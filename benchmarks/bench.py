@@ -248,8 +248,8 @@ def processes(part: str, asked: Asked, there: There, places: Places, size: int) 
     for name, one in CONTENDERS.items():
         if there[name] and (steps or not (one.environment or one.compiled)):
             line = [sys.executable, __file__, "--worker", name, *places.of(name), str(size), str(steps)]
-            if name in VINO or one.compiled:  # what they keep between processes is there beforehand
-                spawned([*line[:-1], str(int(one.compiled))], one.environment)
+            if one.compiled:  # what it keeps for later processes is there beforehand
+                spawned([*line[:-1], "1"], one.environment)
             able[name] = started(line, one.environment)
     work = picture_operations(size, steps) if steps else 0.0
     return interleaved(task, able, asked.cold, work, warm=0, dtype=choose("cpu").dtype if steps else None)

@@ -65,7 +65,7 @@ CONTENDERS: Mapping[str, Contender] = {
     LAST: Contender("channels last; bfloat16 where the CPU multiplies it", DIFFUSERS),
     KEPT: Contender("the same with large buffers kept by MALLOC_ variables", DIFFUSERS, LARGE_BUFFERS),
     COMPILED: Contender("channels last, torch.compile of the networks", DIFFUSERS, compiled=True),
-    OPENVINO: Contender("converted U-Net and autoencoder, fixed shapes, LATENCY, f32, model cache", VINO),
+    OPENVINO: Contender("converted U-Net and autoencoder, fixed shapes, LATENCY, f32", VINO),
     OPENVINO_BF16: Contender("the same with INFERENCE_PRECISION_HINT bf16", VINO, bfloat16=True),
     OPENVINO_INT8: Contender("the same with the U-Net's weights in int8 (nncf); not exact", COMPRESSED),
     CPP: Contender("float16 file, flash attention; a step is two calls, timed by its callback", NATIVE),

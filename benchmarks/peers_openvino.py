@@ -62,7 +62,6 @@ class Compiled:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "INFERENCE_PRECISION_HINT": "bf16" if name == OPENVINO_BF16 else "f32",
-            "CACHE_DIR": str(place / "cache"),
         }
 
     def ready(self, *shapes: tuple[int, ...]) -> Any:
