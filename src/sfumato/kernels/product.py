@@ -39,25 +39,28 @@ class Product:
 
     def linear(self, x: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
         """x W^T + bias + add of contiguous rows x (..., K) and add (..., N): (..., N)."""
-        a, shape = self._arguments, x.shape
+        a, shape = self._copied(), x.shape
         y = x.new_empty(*shape[:-1], a.N)
         rows = x.numel() // shape[-1]
         a.B = a.H = a.out_H = 1
         a.W = a.out_W = rows
-        return self._run(x, bias, add, y)
+        return self._run(a, x, bias, add, y)
 
     def convolution(self, x: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
         """Channels-last pictures x (B, C, H, W) and add (B, N, H', W') to (B, N, H', W'), channels-last."""
-        a = self._arguments
+        a = self._copied()
         a.B, _, a.H, a.W = x.shape
         times, more = 1 + self.doubled, 2 * self.padding - self.kernel
         H, W = ((times * side + more) // self.stride + 1 for side in (a.H, a.W))
         a.out_H, a.out_W = H, W
         y = torch.empty((a.B, a.N, H, W), memory_format=torch.channels_last)
-        return self._run(x, bias, add, y)
+        return self._run(a, x, bias, add, y)
 
-    def _run(self, x: Tensor, bias: Tensor | None, add: Tensor | None, y: Tensor) -> Tensor:
-        a = self._arguments
+    def _copied(self) -> ProductArguments:
+        """What all calls have in common; each fills its own, as there may be several threads."""
+        return ProductArguments.from_buffer_copy(self._arguments)
+
+    def _run(self, a: ProductArguments, x: Tensor, bias: Tensor | None, add: Tensor | None, y: Tensor) -> Tensor:
         a.x, a.y, a.bias = x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr()
         a.add = None if add is None else add.data_ptr()
         a.x_stride, a.add_stride, a.y_stride = a.C, a.N, a.N
