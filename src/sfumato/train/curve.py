@@ -1,13 +1,12 @@
 """A stage's loss, drawn from its log.jsonl: every report as a faint line, their running mean over it.
 
-`python -m sfumato.train.curve runs/mini/unet/log.jsonl loss.png` draws one; training keeps `loss.png` beside its log.
+Training keeps it as `loss.png` beside the log.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -93,7 +92,3 @@ def ticks(low: float, high: float) -> list[float]:
         if len(found) >= 4:
             break
     return found
-
-
-if __name__ == "__main__":
-    keep_curve(Path(sys.argv[1]), Path(sys.argv[2]), f"{Path(sys.argv[1]).parent.name}: loss by step")
