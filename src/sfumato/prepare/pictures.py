@@ -140,7 +140,7 @@ class Normed(Way[GroupNorm]):
     def __call__(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same."""
         own = self.module
-        taken = x.dtype == own.weight.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+        taken = x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous(memory_format=torch.channels_last)
         if not taken or not quick(x, own.weight) or available() is None:
             return self.plain(x)
         return group_norm(x, own.num_groups, own.weight, own.bias, own.eps, own.silu)
