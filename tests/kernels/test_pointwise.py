@@ -89,18 +89,20 @@ def test_gelu_and_silu_of_every_size() -> None:
 
 
 def test_bfloat16_is_rounded_once(instructions: str) -> None:
-    """What the kernels read and write; beside float64, rounding the answer is all that is lost."""
-    if instructions == "off":
-        pytest.skip("PyTorch rounds in between")
+    """What the kernels read and write; beside float64, rounding the answer is all that is lost.
+
+    Without them PyTorch rounds in between as well.
+    """
+    bound = 2**-6 if instructions == "off" else 2**-8
     g = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(n, generator=g).bfloat16() for n in ((2, 12, 5, 9), (12,), (12,)))
     x = x.to(memory_format=torch.channels_last)
     got = kernels.group_norm(x, 3, weight, bias, 1e-5, silu=True)
     wanted = F.silu(F.group_norm(x.double(), 3, weight.double(), bias.double(), 1e-5))
     assert got.dtype == torch.bfloat16 and got.stride() == x.stride()
-    assert float(((got - wanted).abs() / (1e-4 + wanted.abs())).max()) < 2**-8
+    assert float(((got - wanted).abs() / (1e-4 + wanted.abs())).max()) < bound
     gates = 3 * torch.randn(7, 2 * 37, generator=g).bfloat16()
     got, (h, gate) = kernels.geglu(gates), gates.double().chunk(2, dim=-1)
     wanted = h * F.gelu(gate)
     assert got.dtype == torch.bfloat16
-    assert float(((got - wanted).abs() / (1e-4 + wanted.abs())).max()) < 2**-8
+    assert float(((got - wanted).abs() / (1e-4 + wanted.abs())).max()) < bound
