@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.kernels import available, library_reason
+from sfumato.kernels import available, library, library_reason
 from sfumato.kernels.build import build
 from sfumato.kernels.library import TILES, Library, declared
 
@@ -28,3 +28,11 @@ def emulated(pytestconfig: pytest.Config) -> Library:
 def emulated_tiles(emulated: Library) -> Library:
     """The same, with the kernels of a processor with AMX."""
     return Library(emulated.handle, TILES, None)
+
+
+@pytest.fixture(params=["real", "avx512 emulated"])
+def real_and_emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test twice: on this processor's instructions, and with those of AVX512 made of AVX2's."""
+    if request.param != "real":
+        emulated = request.getfixturevalue("emulated")
+        monkeypatch.setattr(library, "_open", lambda: (emulated, "emulated"))

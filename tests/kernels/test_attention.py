@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,11 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sfumato import kernels
-from sfumato.kernels import library
 from sfumato.kernels.attention import fused
 from tests.kernels.conftest import needs_library
 
-pytestmark = needs_library
+pytestmark = [needs_library, pytest.mark.usefixtures("real_and_emulated")]
 BOUND = 2e-5  # of the largest value
 LAYOUTS = {
     "heads first": lambda t: t,
@@ -25,14 +23,6 @@ LAYOUTS = {
     "every other number": lambda t: t.repeat_interleave(2, dim=3)[..., ::2],
     "one head for all": lambda t: t[:, :1].expand(t.shape),
 }
-
-
-@pytest.fixture(params=["real", "avx512 emulated"], autouse=True)
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param != "real":
-        emulated = request.getfixturevalue("emulated")
-        monkeypatch.setattr(library, "_open", lambda: (emulated, "emulated"))
-    yield request.param
 
 
 def exact(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,20 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sfumato.kernels import Product, layer_norm, library, product
+from sfumato.kernels import Product, layer_norm, product
 from tests.kernels.conftest import needs_library
 
-pytestmark = needs_library
+pytestmark = [needs_library, pytest.mark.usefixtures("real_and_emulated")]
 BOUND = 1e-5  # of the largest value
 SIDES = st.integers(1, 40)
-
-
-@pytest.fixture(params=["real", "avx512 emulated"], autouse=True)
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param != "real":
-        emulated = request.getfixturevalue("emulated")
-        monkeypatch.setattr(library, "_open", lambda: (emulated, "emulated"))
-    yield request.param
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
