@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from sfumato.models.unet import UNet
 from sfumato.weights.folder import load_folder, save_folder
 
 from ..models.parity import scramble
@@ -51,3 +53,17 @@ def peer(folders: Folders) -> Peer:
         return theirs
 
     return make
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each call of a U-Net, in order."""
+    seen: list[int] = []
+    forward = UNet.forward
+
+    def counted(self: UNet, x: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        seen.append(len(x))
+        return forward(self, x, *rest, **named)
+
+    monkeypatch.setattr(UNet, "forward", counted)
+    return seen

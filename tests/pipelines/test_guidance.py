@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from sfumato.cond import Cond
 from sfumato.diffusion.named import DDIMScheduler, DPMSolverMultistepScheduler
 from sfumato.diffusion.named_flow import FlowMatchEulerDiscreteScheduler
 from sfumato.diffusion.samplers import SAMPLERS
-from sfumato.models.unet import UNet
 from sfumato.pipelines.pipeline import Pipeline
 from sfumato.pipelines.request import Request, parse
 
@@ -44,20 +43,6 @@ def latents(pipe: Pipeline, **fields: Any) -> torch.Tensor:
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
-
-
-@pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Rows of each call of a U-Net, in order."""
-    seen: list[int] = []
-    forward = UNet.forward
-
-    def counted(self: UNet, x: torch.Tensor, *rest: Any, **named: Any) -> Any:
-        seen.append(len(x))
-        return forward(self, x, *rest, **named)
-
-    monkeypatch.setattr(UNet, "forward", counted)
-    yield seen
 
 
 # diffusers ---------------------------------------------------------------------------------------

@@ -73,7 +73,9 @@ def other_concepts(icons: IconSet, least: int = 3) -> dict[str, str]:
     """
     own, found = concepts(), {}
     for code, row in icons.by_code().items():
-        if code in own or "-" in code or len(row) < least or int(code, 16) in {*SKIN_TONES, *LETTERS}:
+        if code in own or "-" in code or len(row) < least:
+            continue
+        if int(code, 16) in SKIN_TONES or int(code, 16) in LETTERS:
             continue
         found[code] = SECOND_NAMES.get(code) or plain_words(next(iter(row.values())).label)
     return found

@@ -163,6 +163,10 @@ class ResnetBlock2D(nn.Module):
         if self.time_emb_proj is not None and temb is not None:
             h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
         h = self.conv2(self.norm2(h))
+        return self.joined(x, h)
+
+    def joined(self, x: Tensor, h: Tensor) -> Tensor:
+        """What the convolutions made of x, h (B, C_out, H, W), beside x itself."""
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         h = x + h
@@ -188,10 +192,7 @@ class ScaleShiftResnetBlock2D(ResnetBlock2D):
         h = self.norm2(self.conv1(self.norm1(x)))  # (B, C_out, H, W)
         scale, shift = self.time_emb_proj(F.silu(temb))[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(F.silu(torch.addcmul(shift, h, 1 + scale)))
-        if self.conv_shortcut is not None:
-            x = self.conv_shortcut(x)
-        h = x + h
-        return h if self.out_scale == 1.0 else h / self.out_scale
+        return self.joined(x, h)
 
 
 class Downsample2D(nn.Module):
